@@ -1,0 +1,212 @@
+"""The synchronous client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+
+from headwise import _requests, _responses
+from headwise._connection import connection
+from headwise._requests import MessageLike, Prompt
+from headwise._responses import Gathering
+from headwise._retry import Readiness
+from headwise._status import read_error
+from headwise.errors import HeadwiseError
+from headwise.options import (
+    DEFAULT_RETRIES,
+    NO_RETRIES,
+    ChatOptions,
+    GenerateOptions,
+    RetryPolicy,
+    TLSOptions,
+)
+from headwise.streams import CompletionStream
+from headwise.types import Completion, Health, Load, ModelInfo, ServerInfo, Tokenization
+from headwise.v1 import control_pb2, inference_pb2
+from headwise.v1.control_pb2_grpc import ControlStub
+from headwise.v1.inference_pb2_grpc import InferenceStub
+
+_Result = TypeVar("_Result")
+
+
+class Client:
+    """A connection to one headwise server. Threads may share it.
+
+    `token` is sent as a bearer token: use it with `tls`, or on this machine only. `timeout` is the
+    default of every call in seconds, retries included, None for no limit. `retries` is a number of
+    further attempts, or a policy. Raises TypeError or ValueError for an argument that cannot be
+    right; the server is first spoken to by the first call.
+
+    Every call raises `HeadwiseError` (see `headwise.errors`), and TypeError for an argument of the
+    wrong type.
+    """
+
+    def __init__(
+        self,
+        address: str = "127.0.0.1:50051",
+        *,
+        token: str | None = None,
+        tls: TLSOptions | None = None,
+        timeout: float | None = None,
+        retries: RetryPolicy | int = DEFAULT_RETRIES,
+    ) -> None:
+        self._connection = connection(
+            address, token=token, tls=tls, timeout=timeout, retries=retries
+        )
+        credentials, options = self._connection.credentials, self._connection.options
+        if credentials is None:
+            self._channel = grpc.insecure_channel(address, options=options)
+        else:
+            self._channel = grpc.secure_channel(address, credentials, options=options)
+        self._inference: Any = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._control: Any = ControlStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
+        """Continue a prompt, text or token ids, and return the whole answer."""
+        with self.stream(prompt, **options) as stream:
+            return stream.result()
+
+    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> CompletionStream:
+        """Continue a prompt, text or token ids, and return the answer as it is made."""
+        request = _requests.generate_request(prompt, options)
+        return self._stream(self._inference.Generate, request, options)
+
+    def chat(self, messages: Sequence[MessageLike], **options: Unpack[ChatOptions]) -> Completion:
+        """Answer a conversation and return the whole answer."""
+        with self.stream_chat(messages, **options) as stream:
+            return stream.result()
+
+    def stream_chat(
+        self, messages: Sequence[MessageLike], **options: Unpack[ChatOptions]
+    ) -> CompletionStream:
+        """Answer a conversation and return the answer as it is made."""
+        request = _requests.chat_request(messages, options)
+        return self._stream(self._inference.Chat, request, options)
+
+    def tokenize(
+        self,
+        prompt: str | Sequence[MessageLike],
+        *,
+        add_special_tokens: bool | None = None,
+        model: str | None = None,
+        timeout: float | None = None,
+    ) -> Tokenization:
+        """Token ids of a text or a conversation, as `generate` and `chat` would make them."""
+        request = _requests.tokenize_request(prompt, add_special_tokens, model)
+        return self._call(self._inference.Tokenize, request, _responses.read_tokenization, timeout)
+
+    def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool | None = None,
+        model: str | None = None,
+        timeout: float | None = None,
+    ) -> str:
+        """The text of token ids."""
+        request = _requests.detokenize_request(token_ids, skip_special_tokens, model)
+        return self._call(self._inference.Detokenize, request, _responses.read_text, timeout)
+
+    def server_info(self, *, timeout: float | None = None) -> ServerInfo:
+        """Versions, devices, limits, and which rank holds what."""
+        request = control_pb2.GetServerInfoRequest()
+        return self._call(
+            self._control.GetServerInfo, request, _responses.read_server_info, timeout
+        )
+
+    def model_info(self, model: str | None = None, *, timeout: float | None = None) -> ModelInfo:
+        """The model that is served; raises NotFoundError for another."""
+        request = _requests.model_info_request(model)
+        return self._call(self._control.GetModelInfo, request, _responses.read_model_info, timeout)
+
+    def load(self, *, timeout: float | None = None) -> Load:
+        """How much work there is."""
+        request = control_pb2.GetLoadRequest()
+        return self._call(self._control.GetLoad, request, _responses.read_load, timeout)
+
+    def health(self, *, timeout: float | None = None) -> Health:
+        """The state of every rank and its cause."""
+        request = control_pb2.GetHealthRequest()
+        return self._call(self._control.GetHealth, request, _responses.read_health, timeout)
+
+    def abort(self, request_id: str, *, timeout: float | None = None) -> bool:
+        """End a request, whoever made it; False if the server does not know it (any more)."""
+        request = _requests.abort_request(request_id)
+        return self._call(self._control.Abort, request, _responses.read_found, timeout)
+
+    def wait_until_ready(self, timeout: float | None = 60.0) -> Health:
+        """Ask for the health until the server computes, and return it.
+
+        Raises DeadlineExceededError with the last cause if that takes more than `timeout` seconds,
+        and at once what waiting will not mend, such as AuthenticationError.
+        """
+        readiness = Readiness(timeout)
+        while True:
+            poll_timeout = readiness.poll_timeout()
+            try:
+                health = self._call(
+                    self._control.GetHealth,
+                    control_pb2.GetHealthRequest(),
+                    _responses.read_health,
+                    poll_timeout,
+                    NO_RETRIES,
+                )
+                if readiness.accepts(health):
+                    return health
+            except HeadwiseError as error:
+                readiness.failed(error)
+            time.sleep(readiness.pause())
+
+    def close(self) -> None:
+        """Close the connection; calls in flight are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _call(
+        self,
+        method: Any,
+        request: Any,
+        read: Callable[[Any], _Result],
+        timeout: float | None,
+        retries: RetryPolicy | None = None,
+    ) -> _Result:
+        attempts = self._connection.attempts(timeout, retries)
+        while True:
+            try:
+                response = method(
+                    request, timeout=attempts.remaining(), metadata=self._connection.metadata
+                )
+            except grpc.RpcError as fault:
+                error = read_error(fault, None)
+                pause = attempts.pause(error)
+                if pause is None:
+                    raise error from fault
+                time.sleep(pause)
+            else:
+                return read(response)
+
+    def _stream(
+        self,
+        method: Any,
+        request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest,
+        options: ChatOptions,
+    ) -> CompletionStream:
+        def start(timeout: float | None) -> Any:
+            return method(request, timeout=timeout, metadata=self._connection.metadata)
+
+        attempts = self._connection.attempts(options.get("timeout"))
+        return CompletionStream(start, Gathering.of(request), attempts)

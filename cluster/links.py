@@ -1,0 +1,204 @@
+"""The driver's ends of the control sockets: one per rank, none of which can block it.
+
+What a rank sends comes out of `poll`; what is sent to a rank waits in its outbox while its socket
+is full. A rank whose socket ends appears as `RankGone`. No ray: the ranks may be actors or threads.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+import selectors
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import msgspec
+
+from shards.channel import Frames, pack, send_descriptor
+from shards.contract import FromRank, Hello, ToRank, decode_from_rank
+
+_CHUNK = 1 << 18
+_HELLO_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class RankGone:
+    """The control socket of `rank` ended."""
+
+    rank: int
+
+
+class _Link:
+    """One rank's socket: frames in, an outbox out."""
+
+    def __init__(self, sock: socket.socket, hello: Hello, frames: Frames) -> None:
+        self.sock = sock
+        self.hello = hello
+        self.frames = frames
+        self.outbox = bytearray()
+
+    def flush(self) -> bool:
+        """Send what the socket takes; True if nothing is left."""
+        try:
+            while self.outbox:
+                del self.outbox[: self.sock.send(self.outbox)]
+        except BlockingIOError:
+            return False
+        return True
+
+
+class RankLinks:
+    """Listens for `world` ranks, then speaks with them.
+
+    `host` None listens in the abstract unix namespace (ranks on this machine), else on a free TCP
+    port of that address. `address` and `token` are what a rank needs to connect. One thread calls
+    everything but `wake`, which any thread may call to end a `poll` early.
+    """
+
+    def __init__(self, world: int, host: str | None = None) -> None:
+        self.world = world
+        self.token = secrets.token_hex(16)
+        self._links: dict[int, _Link] = {}
+        self._selector = selectors.DefaultSelector()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._selector.register(self._bell, selectors.EVENT_READ)
+        if host is None:
+            name = f"headwise-{os.getpid()}-{secrets.token_hex(8)}"
+            self._listener: socket.socket | None = socket.socket(socket.AF_UNIX)
+            self._listener.bind(f"\0{name}")
+            self._listener.listen(world)
+            self.address = f"unix:{name}"
+        else:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self._listener = socket.create_server((host, 0), family=family, backlog=world)
+            self.address = f"tcp:{host}:{self._listener.getsockname()[1]}"
+        self._selector.register(self._listener, selectors.EVENT_READ)
+
+    def hello(self, rank: int) -> Hello | None:
+        """What a connected rank said of itself."""
+        link = self._links.get(rank)
+        return None if link is None else link.hello
+
+    def wake(self) -> None:
+        os.eventfd_write(self._bell, 1)
+
+    def send(self, message: ToRank, descriptor: int | None = None) -> None:
+        """To every connected rank, in order; with an open file behind it where given."""
+        frame = pack(message)
+        for link in self._links.values():
+            link.outbox += frame
+            self._flush(link)
+            if descriptor is not None:
+                self._send_descriptor(link, descriptor)
+
+    def poll(self, timeout_s: float | None) -> list[FromRank | RankGone]:
+        """What has arrived; waits at most `timeout_s` (None: until something does, or `wake`)."""
+        found: list[FromRank | RankGone] = []
+        for key, events in self._selector.select(timeout_s):
+            if key.fileobj is self._listener:
+                found.extend(self._accept(self._listener))
+            elif key.data is None:
+                os.eventfd_read(self._bell)
+            else:
+                if events & selectors.EVENT_WRITE:
+                    self._flush(key.data)
+                if events & selectors.EVENT_READ:
+                    found.extend(self._receive(key.data))
+        return found
+
+    def close(self) -> None:
+        """Close every socket; ranks take it as their end. Idempotent."""
+        if self._bell < 0:
+            return
+        for link in self._links.values():
+            link.sock.close()
+        self._links.clear()
+        self._stop_listening()
+        self._selector.close()
+        os.close(self._bell)
+        self._bell = -1
+
+    def _accept(self, listener: socket.socket) -> Iterable[FromRank]:
+        sock, _ = listener.accept()
+        sock.settimeout(_HELLO_TIMEOUT_S)
+        frames = Frames()
+        messages = _read_greeting(sock, frames)
+        hello = messages[0] if messages else None
+        if (
+            not isinstance(hello, Hello)
+            or not hmac.compare_digest(hello.token, self.token)
+            or not 0 <= hello.rank < self.world
+            or hello.rank in self._links
+        ):
+            sock.close()
+            return ()
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setblocking(False)
+        link = self._links[hello.rank] = _Link(sock, hello, frames)
+        self._selector.register(sock, selectors.EVENT_READ, link)
+        if len(self._links) == self.world:
+            self._stop_listening()
+        return messages
+
+    def _stop_listening(self) -> None:
+        if self._listener is not None:
+            self._selector.unregister(self._listener)
+            self._listener.close()
+            self._listener = None
+
+    def _receive(self, link: _Link) -> Iterable[FromRank | RankGone]:
+        try:
+            part = link.sock.recv(_CHUNK)
+        except BlockingIOError:
+            return ()
+        except OSError:
+            part = b""
+        if not part:
+            return (self._drop(link),)
+        return [decode_from_rank(body) for body in link.frames.feed(part)]
+
+    def _drop(self, link: _Link) -> RankGone:
+        self._selector.unregister(link.sock)
+        link.sock.close()
+        del self._links[link.hello.rank]
+        return RankGone(link.hello.rank)
+
+    def _flush(self, link: _Link) -> None:
+        """A socket that fails here also ends for reading, which is where it is noticed."""
+        try:
+            done = link.flush()
+        except OSError:
+            link.outbox.clear()
+            done = True
+        events = selectors.EVENT_READ if done else selectors.EVENT_READ | selectors.EVENT_WRITE
+        if self._selector.get_key(link.sock).events != events:
+            self._selector.modify(link.sock, events, link)
+
+    def _send_descriptor(self, link: _Link, descriptor: int) -> None:
+        link.sock.settimeout(_HELLO_TIMEOUT_S)
+        try:
+            if link.outbox:
+                link.sock.sendall(link.outbox)
+                link.outbox.clear()
+            send_descriptor(link.sock, descriptor)
+        except OSError:
+            link.outbox.clear()
+        finally:
+            link.sock.setblocking(False)
+
+
+def _read_greeting(sock: socket.socket, frames: Frames) -> list[FromRank]:
+    """The first messages of a new connection; empty if it speaks another language."""
+    bodies: list[bytes] = []
+    try:
+        while not bodies:
+            part = sock.recv(_CHUNK)
+            if not part:
+                return []
+            bodies = frames.feed(part)
+        return [decode_from_rank(body) for body in bodies]
+    except (OSError, msgspec.MsgspecError):
+        return []

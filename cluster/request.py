@@ -1,0 +1,218 @@
+"""What the edge and the driver say to each other. Plain data: no torch, no ray, no proto."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from shards.contract import Logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn; defaults leave the model's distribution as it is.
+
+    `temperature` 0 is greedy. `seed` None lets the driver draw one (reported with the result).
+    `logprobs` / `prompt_logprobs`: None for none, N for the token's own and the N likeliest.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """When a sequence ends. `max_tokens` None: as far as the context goes.
+
+    `strings` end the text before the match unless `include_stop`; `token_ids` come on top of the
+    model's own end tokens, which `ignore_eos` switches off.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    strings: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt and `n` samples of its continuation.
+
+    `generated` are tokens that an earlier attempt already delivered (n = 1 only): generation goes
+    on after them and only what is new is sent. `deadline` is `time.monotonic()` seconds.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams = SamplingParams()
+    stopping: Stopping = Stopping()
+    n: int = 1
+    generated: tuple[int, ...] = ()
+    deadline: float | None = None
+    priority: int = 0
+
+
+class FinishReason(enum.Enum):
+    STOP = "stop"  # an end token, a stop token or a stop string
+    LENGTH = "length"  # max_tokens, or the context is full
+    ABORTED = "aborted"  # the client or an operator ended it
+    DEADLINE = "deadline"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of one sample: waiting in the queue, prefill to the first token, and in all."""
+
+    queue: float
+    first_token: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What one step brought for one sample (`index`) of a request.
+
+    `tokens` are new, never repeated. The last event of a sample carries `finish`, `usage` and
+    `timing`; a stop token is not among its `tokens` unless `include_stop`, `stop_token` names it.
+    `prompt_logprobs` come once, with the first event of sample 0: None stands for the first token.
+    `seed` is the one that the sample is drawn with.
+    """
+
+    index: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[Logprobs, ...] = ()
+    prompt_logprobs: tuple[Logprobs | None, ...] | None = None
+    finish: FinishReason | None = None
+    stop_token: int | None = None
+    usage: Usage | None = None
+    timing: Timing | None = None
+    seed: int | None = None
+
+
+class TokenStream(Protocol):
+    """The events of one request, for one reader: iterate it with `async for` or `for`.
+
+    Iteration ends after the last sample's finish; it raises `Unavailable` if the group dies.
+    Events that arrive while nobody reads are merged per sample, so that what waits is bounded by
+    what the request may generate. `finish_sample` ends one sample early (a stop string was seen);
+    no event of it follows. `close` aborts whatever is unfinished and is idempotent.
+    """
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]: ...
+    def __iter__(self) -> Iterator[TokenEvent]: ...
+    def finish_sample(self, index: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class HealthState(enum.Enum):
+    STARTING = "starting"
+    READY = "ready"
+    DEGRADED = "degraded"
+    NOT_READY = "not_ready"
+
+
+@dataclass(frozen=True, slots=True)
+class RankHealth:
+    """`since` is unix time; `cause` is empty while READY."""
+
+    rank: int
+    host: str
+    pid: int
+    state: HealthState
+    cause: str
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    state: HealthState
+    cause: str
+    since: float
+    epoch: int
+    ranks: tuple[RankHealth, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """`kv_blocks_used` of `kv_blocks` hold live sequences."""
+
+    running: int
+    waiting: int
+    kv_blocks: int
+    kv_blocks_used: int
+    block_size: int
+    steps: int
+    preemptions: int
+    generated_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankInfo:
+    """What one rank holds, for people: `heads` and `kv_heads` are of the first layer."""
+
+    rank: int
+    host: str
+    pid: int
+    heads: tuple[int, int]
+    kv_heads: tuple[int, int]
+    channels: tuple[int, int]
+    vocabulary: tuple[int, int]
+    weight_bytes: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    name: str
+    architecture: str
+    vocabulary: int
+    context: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    width: int
+    parameters: int
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+
+
+class Generator(Protocol):
+    """The one interface between an edge and a driver; fakes implement it too."""
+
+    @property
+    def model(self) -> ModelInfo: ...
+    @property
+    def ranks(self) -> tuple[RankInfo, ...]: ...
+
+    def submit(self, request: Request) -> TokenStream:
+        """Admit a request, or raise `InvalidRequest` (it can never be served: too long for the
+        context or the KV cache, a duplicate id), `Overloaded` or `Unavailable`. Never blocks."""
+        ...
+
+    def abort(self, request_id: str) -> bool:
+        """End a request; its stream finishes with ABORTED. False if it is not known."""
+        ...
+
+    def load(self) -> Load: ...
+    def health(self) -> Health: ...

@@ -1,0 +1,287 @@
+"""What the group computes in each step: continuous batching over a paged KV pool.
+
+Each step has a budget of tokens. Running decodes take theirs first, then the chunks of running
+prefills, then waiting sequences are admitted while budget, slots and blocks last. When a decode
+finds no block, the sequence served last (lowest priority, latest arrival) is preempted: its blocks
+are freed and it is computed again later from its tokens, which is exact because random numbers
+depend on (seed, position) alone.
+
+A plan is made before the results of the plans in flight are known. Ranks execute plans in order, so
+a block or slot that is given up may be given away in the very next plan, whatever is in flight.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+
+from cluster.blocks import BlockPool
+from cluster.sequence import Sequence, SequenceQueue
+from shards.contract import Sampled, SlotStart, SlotWork, StepPlan, StepResult
+
+# Of a plan in flight, per slot: its sequence, and up to where its positions are computed then.
+_Flight = dict[int, tuple[Sequence, int]]
+
+
+class _Draft:
+    """A plan being filled; `budget` is what is left of its tokens."""
+
+    __slots__ = ("budget", "flight", "starts", "work")
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.starts: list[SlotStart] = []
+        self.work: list[SlotWork] = []
+        self.flight: _Flight = {}
+
+    def add(self, sequence: Sequence, blocks: list[int]) -> None:
+        """Plan as much of `sequence` as the budget allows; `blocks` are new to its table."""
+        assert sequence.slot is not None
+        start = sequence.planned
+        count = min(self.budget, sequence.remaining)
+        end = start + count
+        sample = end >= len(sequence.tokens)
+        logits = sample and sequence.want_logits
+        self.work.append(SlotWork(sequence.slot, start, count, tuple(blocks), sample, logits))
+        self.flight[sequence.slot] = (sequence, end)
+        self.budget -= count
+        sequence.planned = end
+        sequence.inflight += 1
+
+
+class Scheduler:
+    """Decides what every step computes. Not thread-safe; holds no tensor.
+
+    The caller sends every plan and hands every result to `commit` in the order of the plans, looks
+    at the tokens that come back, and calls `remove` for each sequence that has ended. That includes
+    those that reached `max_length`. `(priority, arrival, index)` must differ between sequences.
+    """
+
+    def __init__(self, pool: BlockPool, *, max_sequences: int, max_step_tokens: int) -> None:
+        self._pool = pool
+        self._max_sequences = max_sequences
+        self._max_step_tokens = max_step_tokens
+        self._waiting = SequenceQueue()
+        self._running = SequenceQueue()
+        self._preemptions = 0
+        self._cached_tokens = 0
+        self.reset(epoch=0)
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold a slot."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens to compute before every waiting sequence yields its next one, cache aside."""
+        return sum(len(sequence.tokens) for sequence in self._waiting)
+
+    @property
+    def preemptions(self) -> int:
+        return self._preemptions
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens found in the cache by sequences when they first started, in all."""
+        return self._cached_tokens
+
+    def fits(self, length: int) -> bool:
+        """Whether a sequence of `length` tokens in all can run, if need be alone."""
+        return self._pool.blocks_for(length - 1) <= self._pool.blocks
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence that `fits(max_length)` and has at least one token to generate."""
+        assert self.fits(sequence.max_length)
+        assert 0 < len(sequence.tokens) < sequence.max_length
+        self._waiting.add(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """End a sequence in any state; idempotent. Its blocks are free at once, its slot ends with
+        the next plan, and what is in flight for it will be dropped."""
+        if sequence.finished:
+            return
+        sequence.finished = True
+        if sequence.slot is None:
+            self._waiting.remove(sequence)
+        else:
+            self._leave_slot(sequence)
+
+    def owner(self, result: StepResult, slot: int) -> Sequence | None:
+        """The sequence that `slot` stood for in a result not yet committed; None if it has ended.
+
+        For what a result carries besides tokens: prompt logprobs. A preempted sequence computes its
+        prompt again, so those may come twice for the same positions.
+        """
+        if result.epoch != self._epoch:
+            return None
+        sequence, _ = self._flights[result.step][slot]
+        return None if sequence.finished else sequence
+
+    def reset(self, epoch: int) -> None:
+        """Begin an epoch: the ranks hold no KV and no slots, and nothing in flight will come back.
+
+        What was running waits again, in its place in the order.
+        """
+        self._epoch = epoch
+        self._flights: dict[int, _Flight] = {}
+        self._free_slots = deque(range(self._max_sequences))
+        self._ended: list[int] = []
+        self._pool.clear()
+        for sequence in self._running:
+            self._forget_stay(sequence)
+            self._waiting.add(sequence)
+        self._running = SequenceQueue()
+        for sequence in self._waiting:
+            sequence.inflight = 0
+
+    def plan(self, step: int, epoch: int) -> StepPlan | None:
+        """The next step, or None when nothing can be computed before a result or a request comes.
+
+        Never more than `max_step_tokens` positions.
+        """
+        assert epoch == self._epoch or not self._flights, "reset() begins a new epoch"
+        self._epoch = epoch
+        draft = _Draft(self._max_step_tokens)
+        self._plan_decodes(draft)
+        self._plan_prefills(draft)
+        self._admit(draft)
+        if not draft.work:
+            return None
+        ended, self._ended = tuple(self._ended), []
+        self._flights[step] = draft.flight
+        return StepPlan(step, epoch, tuple(draft.work), tuple(draft.starts), ended)
+
+    def commit(self, result: StepResult) -> list[tuple[Sequence, Sampled]]:
+        """Take a step's result; returns the new token of each live sequence, already appended.
+
+        A result of another epoch is dropped whole. A preempted sequence takes the token that was in
+        flight, a removed one does not.
+        """
+        if result.epoch != self._epoch:
+            return []
+        flight = self._flights.pop(result.step)
+        committed: list[tuple[Sequence, Sampled]] = []
+        for sampled in result.sampled:
+            sequence, _ = flight[sampled.slot]
+            if sequence.finished:
+                continue
+            assert sampled.position == len(sequence.tokens)
+            sequence.tokens.append(sampled.token)
+            committed.append((sequence, sampled))
+        for sequence, end in flight.values():
+            sequence.inflight -= 1
+            # A sequence takes a slot only when nothing of an earlier stay is in flight, so what is
+            # in a slot now is what computed these positions.
+            if sequence.slot is not None:
+                self._seal(sequence, end)
+        return committed
+
+    def _plan_decodes(self, draft: _Draft) -> None:
+        """Plan the running sequences that have one position to go."""
+        for sequence in tuple(self._running):
+            if not draft.budget:
+                break
+            # Victims are taken from the end, so one that lost its slot was not planned yet.
+            if sequence.slot is None or sequence.remaining != 1:
+                continue
+            blocks = self._block_for_decode(sequence)
+            if blocks is not None:
+                draft.add(sequence, blocks)
+
+    def _block_for_decode(self, sequence: Sequence) -> list[int] | None:
+        """The block that the next position needs, [] if none; None if `sequence` had to give way.
+
+        The first in order never gives way: alone it fits.
+        """
+        if sequence.planned < len(sequence.blocks) * self._pool.block_size:
+            return []
+        while (blocks := self._pool.allocate(1)) is None:
+            victim = self._running.last
+            self._preempt(victim)
+            if victim is sequence:
+                return None
+        sequence.blocks += blocks
+        return blocks
+
+    def _plan_prefills(self, draft: _Draft) -> None:
+        """Plan the next chunk of running prefills; they got all their blocks when admitted."""
+        for sequence in self._running:
+            if not draft.budget:
+                break
+            if sequence.remaining > 1:
+                draft.add(sequence, [])
+
+    def _admit(self, draft: _Draft) -> None:
+        """Start waiting sequences, strictly in order: nobody overtakes one that finds no room."""
+        while draft.budget and self._waiting and self._free_slots:
+            sequence = self._waiting.first
+            # Its tokens in flight, from before it was preempted, are part of what it starts with.
+            if sequence.inflight or not self._allot(sequence):
+                break
+            self._waiting.remove(sequence)
+            self._running.add(sequence)
+            sequence.slot = self._free_slots.popleft()
+            tokens = struct.pack(f"<{len(sequence.tokens)}i", *sequence.tokens)
+            draft.starts.append(
+                SlotStart(sequence.slot, tokens, sequence.prompt_length, sequence.sampling)
+            )
+            draft.add(sequence, sequence.blocks)
+
+    def _allot(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence blocks for all its tokens, cached ones first, or change nothing.
+
+        One block per running sequence is left free, so that a start does not at once preempt.
+        """
+        tokens, pool = sequence.tokens, self._pool
+        # Prompt logprobs come from computing the prompt.
+        cacheable = sequence.sampling.prompt_logprobs < 0
+        cached = pool.match(tokens, sequence.cache_salt) if cacheable else []
+        missing = pool.blocks_for(len(tokens)) - len(cached)
+        pool.share(cached)
+        enough = pool.free_blocks >= missing + len(self._running)
+        fresh = pool.allocate(missing) if enough else None
+        if fresh is None:
+            pool.free(cached)
+            return False
+        sequence.blocks = cached + fresh
+        sequence.sealed = len(cached)
+        sequence.planned = len(cached) * pool.block_size
+        if not sequence.started:
+            sequence.started = True
+            sequence.cached_tokens = sequence.planned
+            self._cached_tokens += sequence.planned
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._preemptions += 1
+        self._leave_slot(sequence)
+        self._waiting.add(sequence)
+
+    def _leave_slot(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self._running.remove(sequence)
+        self._pool.free(sequence.blocks)
+        self._ended.append(sequence.slot)
+        self._free_slots.append(sequence.slot)
+        self._forget_stay(sequence)
+
+    @staticmethod
+    def _forget_stay(sequence: Sequence) -> None:
+        sequence.slot = None
+        sequence.blocks = []
+        sequence.planned = 0
+        sequence.sealed = 0
+
+    def _seal(self, sequence: Sequence, computed: int) -> None:
+        """Register the blocks that lie wholly in the first `computed` positions."""
+        size, blocks = self._pool.block_size, sequence.blocks
+        for i in range(sequence.sealed, computed // size):
+            parent = blocks[i - 1] if i else None
+            tokens = sequence.tokens[i * size : (i + 1) * size]
+            self._pool.seal(blocks[i], tokens, parent, sequence.cache_salt)
+        sequence.sealed = max(sequence.sealed, computed // size)

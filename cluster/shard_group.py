@@ -1,0 +1,216 @@
+"""The ranks of one model copy as Ray actors: placed, started, watched, ended.
+
+Ray does just that: plans and results travel over `cluster/links.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.config import ClusterConfig
+from cluster.errors import StartupError
+from cluster.links import RankLinks
+from cluster.rank_group import Placement
+from shards.actor import ShardActor
+from shards.config import ShardConfig
+
+_PLACEMENT_TIMEOUT_S = 30.0
+# Ray's own defaults do not suit a decode step of a few milliseconds: workers at nice +15 make every
+# rank wait for the slowest, and the node's address is taken where loopback was meant.
+_LOCAL_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+class LocalRay:
+    """A Ray of this process's own, on loopback, gone without a trace at `stop`.
+
+    Does nothing where the process is connected to a Ray already.
+    """
+
+    def __init__(self, cpus: int) -> None:
+        self._directory: str | None = None
+        if ray.is_initialized():
+            return
+        for name, value in _LOCAL_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        self._directory = tempfile.mkdtemp(prefix="hw-")  # short: unix socket paths are limited
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="warning",
+            _node_ip_address="127.0.0.1",
+            _temp_dir=self._directory,
+        )
+
+    def stop(self) -> None:
+        if self._directory is not None:
+            ray.shutdown()
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = None
+
+
+def bundles(config: ClusterConfig) -> list[dict[str, float]]:
+    """What each rank asks of Ray."""
+    needs: dict[str, float] = {"CPU": config.cpus_per_rank}
+    if config.device == "cuda":
+        needs["GPU"] = 1
+    return [dict(needs) for _ in range(config.tensor_parallel)]
+
+
+def local_cpus(config: ClusterConfig, besides: int = 0) -> int:
+    """How many CPUs a local Ray should offer: this machine's, or more where ranks of one CPU
+    outnumber them, since ranks on shared cores are slow but right. Raises `StartupError` where a
+    rank explicitly asks for several CPUs that are not there."""
+    cores = os.cpu_count() or 1
+    wanted = config.tensor_parallel * config.cpus_per_rank
+    if config.cpus_per_rank > 1 and wanted > cores:
+        raise StartupError(
+            f"{config.tensor_parallel} ranks of {config.cpus_per_rank:g} CPUs need {wanted:g} CPUs "
+            f"and this machine has {cores}: use fewer ranks or a smaller --cpus-per-rank"
+        )
+    return max(cores, int(-(-wanted // 1)) + besides)
+
+
+class RayLauncher:
+    """Ranks in bundles `first_bundle ..` of `group`, or in a placement group of their own."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        group: PlacementGroup | None = None,
+        first_bundle: int = 0,
+    ) -> None:
+        self._config = config
+        self._given = group
+        self._own: PlacementGroup | None = None
+        self._first_bundle = first_bundle
+        self._actors: list[Any] = []
+        self._runs: list[ray.ObjectRef[None]] = []
+        self._deaths: dict[int, str] = {}
+        self._watcher: threading.Thread | None = None
+        self._links: RankLinks | None = None
+
+    def place(self) -> Placement:
+        """Raises `StartupError` where the cluster cannot hold the ranks."""
+        group = self._given or self._reserve()
+        here = ray.get_runtime_context().get_node_id()
+        table = ray.util.placement_group_table(group)["bundles_to_node_id"]
+        ranks = range(self._config.tensor_parallel)
+        nodes = tuple(table[self._first_bundle + rank] for rank in ranks)
+        if all(node == here for node in nodes):
+            return Placement(nodes, listen=None)
+        return Placement(nodes, listen=ray.util.get_node_ip_address())
+
+    def launch(self, shards: Sequence[ShardConfig], links: RankLinks) -> None:
+        self._links = links
+        group = self._given or self._own
+        for shard in shards:
+            strategy = PlacementGroupSchedulingStrategy(
+                placement_group=group,
+                placement_group_bundle_index=self._first_bundle + shard.rank,
+            )
+            actor = ShardActor.options(  # type: ignore[attr-defined] # ray.remote made it
+                num_cpus=self._config.cpus_per_rank,
+                num_gpus=1 if self._config.device == "cuda" else 0,
+                scheduling_strategy=strategy,
+            ).remote(shard)
+            self._actors.append(actor)
+            self._runs.append(actor.run.remote(links.address, links.token))
+        self._watcher = threading.Thread(
+            target=self._watch, args=(tuple(self._runs), links), name="headwise-watch", daemon=True
+        )
+        self._watcher.start()
+
+    def deaths(self) -> dict[int, str]:
+        return dict(self._deaths)
+
+    def stop(self, grace_s: float) -> None:
+        if self._runs:
+            ray.wait(self._runs, num_returns=len(self._runs), timeout=grace_s)
+        pids = self._local_pids()
+        for actor in self._actors:
+            ray.kill(actor)
+        for pid in pids:  # ray.kill leaves a stopped process alive
+            _kill(pid)
+        if self._watcher is not None:
+            self._watcher.join(grace_s)
+        self._actors, self._runs, self._watcher = [], [], None
+        if self._own is not None:
+            remove_placement_group(self._own)
+            self._own = None
+
+    def _reserve(self) -> PlacementGroup:
+        config = self._config
+        wanted = bundles(config)
+        have = ray.cluster_resources()
+        for resource in wanted[0]:
+            need = sum(bundle[resource] for bundle in wanted)
+            if need > have.get(resource, 0):
+                raise StartupError(
+                    f"{len(wanted)} ranks need {need:g} {resource}s and the Ray cluster has "
+                    f"{have.get(resource, 0):g}: use fewer ranks, or add nodes"
+                )
+        self._own = placement_group(wanted, strategy=config.placement)
+        if not self._own.wait(_PLACEMENT_TIMEOUT_S):
+            remove_placement_group(self._own)
+            self._own = None
+            raise StartupError(
+                f"Ray found no place for {len(wanted)} ranks ({config.placement}) within "
+                f"{_PLACEMENT_TIMEOUT_S:g} s: the CPUs or GPUs are taken, or no single node has "
+                "enough of them (placement SPREAD or PACK allows several nodes)"
+            )
+        return self._own
+
+    def _watch(self, runs: tuple[ray.ObjectRef[None], ...], links: RankLinks) -> None:
+        """A run's end is its rank's death notice, even where no socket tells of it (a lost node)."""
+        pending = list(runs)
+        while pending:
+            ended, pending = ray.wait(pending, num_returns=1)
+            for run in ended:
+                self._deaths[runs.index(run)] = _cause(run)
+            with contextlib.suppress(OSError):
+                links.wake()
+
+    def _local_pids(self) -> list[int]:
+        if self._links is None:
+            return []
+        hellos = [self._links.hello(rank) for rank in range(self._links.world)]
+        return [h.pid for h in hellos if h is not None and h.host == os.uname().nodename]
+
+
+def _cause(run: ray.ObjectRef[None]) -> str:
+    try:
+        ray.get(run)
+    except ray.exceptions.ActorDiedError as error:
+        return "its process ended: " + str(error).strip().splitlines()[0]
+    except RayError as error:
+        return str(error).strip().splitlines()[-1]
+    return "it left"
+
+
+def _kill(pid: int) -> None:
+    """End a rank's process for good, if it is still the one we started."""
+    with contextlib.suppress(psutil.Error, ProcessLookupError):
+        if "ray::ShardActor" in " ".join(psutil.Process(pid).cmdline()):
+            os.kill(pid, signal.SIGKILL)
+            psutil.wait_procs([psutil.Process(pid)], timeout=1)

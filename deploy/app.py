@@ -1,0 +1,229 @@
+"""The Ray Serve application: one deployment, whose replicas each are an edge and a driver.
+
+`deploy.app:build` is what a Serve config file names. Serve places, starts, scales and rolls out;
+tokens travel through each replica's own gRPC server. The one module of `deploy` that knows ray.
+"""
+
+# Serve looks at the builder's annotation itself: no postponed annotations in this file.
+
+import asyncio
+import dataclasses
+import importlib.metadata
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import ray
+import structlog
+from ray import serve
+from ray.serve import RunTarget
+from ray.serve.schema import ApplicationStatus
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from cluster.blueprint import draw_up
+from cluster.driver import Driver
+from cluster.errors import StartupError
+from cluster.request import HealthState
+from cluster.shard_group import RayLauncher, bundles, local_cpus
+from deploy.args import AppArgs
+from deploy.edge.control import ServerFacts
+from deploy.edge.server import Edge
+from deploy.start_report import (
+    Event,
+    Failed,
+    Progress,
+    ReplicaInfo,
+    StartFailed,
+    StartReport,
+    StartReporter,
+)
+from deploy.telemetry import configure_logging
+from deploy.version import version
+from shards.errors import HeadwiseError
+
+APPLICATION = "headwise"
+
+# The edge's and the driver's own share of a machine, besides their ranks'.
+REPLICA_CPUS = 1
+# The application keeps nothing in Ray's object store; this is close to Ray's minimum.
+_OBJECT_STORE_BYTES = 100 << 20
+_POLL_SECONDS = 0.1
+_CALL_SECONDS = 10
+# Serve kills a replica that takes longer to end than its drain and this.
+_END_SECONDS = 10
+
+log = structlog.get_logger(__name__)
+
+
+class Replica:
+    """A driver with its ranks, and the edge that speaks for it."""
+
+    async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc] # Serve awaits it
+        """Up when the ranks hold their weights and the port is bound, so that Serve does not
+        retire an old replica before its successor can answer."""
+        configure_logging(args.log_format)
+        self._drain_timeout_s = args.server.drain_timeout_s
+        self._edge: Edge | None = None
+        report = StartReporter()
+        try:
+            self._driver = Driver(await asyncio.to_thread(draw_up, args.cluster))
+            group = ray.util.get_current_placement_group()
+            launcher = RayLauncher(args.cluster, group, first_bundle=1)
+            await asyncio.to_thread(self._driver.start, launcher, report.progress)
+            edge = Edge(self._driver, self._driver.codec, args.server, _facts(args, self._driver))
+            await edge.start()
+            self._edge = edge
+        except Exception as error:
+            expected = isinstance(error, HeadwiseError)
+            report.failed(
+                str(error) if expected else f"{type(error).__name__}: {error}",
+                trace="" if expected else traceback.format_exc(),
+            )
+            raise
+        log.info("replica ready", address=edge.address, model=self._driver.model.name)
+
+    async def info(self) -> ReplicaInfo:
+        """What `headwise serve` prints."""
+        assert self._edge is not None
+        return ReplicaInfo(self._edge.address, self._driver.model, self._driver.ranks)
+
+    async def __call__(self, request: Request) -> Response:
+        """GET /health: the state of every rank. The token path is the edge's."""
+        if request.url.path.rstrip("/").rpartition("/")[2] != "health":
+            return JSONResponse({"error": "only /health is served here"}, status_code=404)
+        health = self._driver.health()
+        body = dataclasses.asdict(health)
+        body["state"] = health.state.value
+        for rank in body["ranks"]:
+            rank["state"] = rank["state"].value
+        computing = health.state in (HealthState.READY, HealthState.DEGRADED)
+        return JSONResponse(body, status_code=200 if computing else 503)
+
+    async def check_health(self) -> None:
+        """Called by Serve, which replaces a replica that raises here again and again."""
+        health = self._driver.health()
+        if health.state is HealthState.NOT_READY:
+            raise RuntimeError(health.cause)
+
+    async def stop(self) -> None:
+        """Finish what runs, refuse what comes, end the ranks; idempotent."""
+        edge, self._edge = self._edge, None
+        if edge is not None:
+            await edge.stop(self._drain_timeout_s)
+        await asyncio.to_thread(self._driver.stop)
+
+    async def __del__(self) -> None:
+        """What Serve calls when it retires a replica."""
+        await self.stop()
+
+
+# Not a decorator: Serve would send the class by value, since its name would mean something else.
+_DEPLOYMENT = serve.deployment(name="Replica", max_ongoing_requests=100)(Replica)
+
+
+def build(args: AppArgs) -> serve.Application:
+    """The application for `args`: the first bundle is the replica's, one more for each rank."""
+    application: serve.Application = _DEPLOYMENT.options(
+        num_replicas=args.replicas,
+        ray_actor_options={"num_cpus": REPLICA_CPUS},
+        placement_group_bundles=[{"CPU": REPLICA_CPUS}, *bundles(args.cluster)],
+        placement_group_strategy=args.cluster.placement,
+        graceful_shutdown_timeout_s=args.server.drain_timeout_s + _END_SECONDS,
+    ).bind(args)
+    return application
+
+
+def _facts(args: AppArgs, driver: Driver) -> ServerFacts:
+    return ServerFacts(
+        version=version(),
+        libraries={
+            name: importlib.metadata.version(name)
+            for name in ("ray", "torch", "transformers", "grpcio")
+        },
+        device=args.cluster.device,
+        collective=driver.collective,
+        max_sequences=args.cluster.max_sequences,
+        max_step_tokens=args.cluster.max_step_tokens,
+        started_at=time.time(),
+    )
+
+
+class LocalApplication:
+    """The application on a Ray of its own, on the loopback address of this machine.
+
+    All methods belong to one thread, which must live as long as the application: the kernel ends
+    Ray's processes together with the thread that started them.
+    """
+
+    def __init__(self, args: AppArgs, directory: Path) -> None:
+        """`directory` takes Ray's sockets and logs; the environment of `deploy.local` is set."""
+        self._args = args
+        self._directory = directory
+
+    def start(
+        self, report: StartReport, on_event: Callable[[Event], None], stop: threading.Event
+    ) -> ReplicaInfo | None:
+        """Returns when the replica answers, or None when told to stop before that.
+
+        Raises `StartupError` with the replica's own words where there are any.
+        """
+        on_event(Progress("starting Ray", 0, 0))
+        ray.init(
+            address="local",
+            num_cpus=local_cpus(self._args.cluster, besides=REPLICA_CPUS),
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="error",
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(self._directory),
+        )
+        self._check_gpus()
+        if stop.is_set():
+            return None
+        on_event(Progress("starting Ray Serve", 0, 0))
+        quiet = {"log_level": "ERROR", "enable_access_log": False}
+        serve.start(proxy_location="Disabled", logging_config=quiet)
+        serve.run_many(
+            [RunTarget(target=build(self._args), name=APPLICATION, route_prefix=None)],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+        while not stop.wait(_POLL_SECONDS):
+            for event in report.new_events():
+                if isinstance(event, Failed):
+                    raise StartFailed(event.message, event.trace)
+                on_event(event)
+            status = serve.status().applications.get(APPLICATION)
+            if status is not None and status.status == ApplicationStatus.RUNNING:
+                handle = serve.get_app_handle(APPLICATION)
+                info: ReplicaInfo = handle.info.remote().result(timeout_s=_CALL_SECONDS)
+                return info
+            if status is not None and status.status == ApplicationStatus.DEPLOY_FAILED:
+                raise StartFailed("the replica's process ended while it started", status.message)
+        return None
+
+    def stop(self) -> None:
+        """Finish what runs within the drain timeout; the caller ends Ray's processes after that."""
+        if not ray.is_initialized():
+            return
+        try:
+            handle = serve.get_app_handle(APPLICATION)
+            handle.stop.remote().result(timeout_s=self._args.server.drain_timeout_s + _CALL_SECONDS)
+        except Exception as error:  # a replica that died has nothing left to finish
+            log.debug("no orderly end", error=str(error))
+
+    def _check_gpus(self) -> None:
+        config = self._args.cluster
+        there = int(ray.cluster_resources().get("GPU", 0))
+        if config.device == "cuda" and there < config.tensor_parallel:
+            raise StartupError(
+                f"tensor_parallel={config.tensor_parallel} on cuda needs a GPU for each rank and "
+                f"this machine has {there}: use tensor_parallel <= {there} or device cpu"
+                if there
+                else "device=cuda needs a GPU for each rank and this machine has none: use device "
+                "cpu"
+            )

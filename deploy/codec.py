@@ -1,0 +1,265 @@
+"""Between the wire's messages and the plain dataclasses of `cluster.request`: pure functions.
+
+An unset optional field takes the dataclass's default. A field that is set is handed over as it is,
+however wrong: judging values is the job of `cluster.validation`. Only what the dataclasses cannot
+express is refused here (a stop condition without a condition), as violations for the caller to
+report together with its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from google.protobuf.timestamp_pb2 import Timestamp
+from headwise.v1 import control_pb2, inference_pb2
+
+from cluster.errors import Violation
+from cluster.request import (
+    FinishReason,
+    Health,
+    HealthState,
+    Load,
+    ModelInfo,
+    RankInfo,
+    SamplingParams,
+    Stopping,
+    Timing,
+    Usage,
+)
+from shards.contract import Logprobs
+
+TokenText = Callable[[int], str]
+
+_FINISH = {
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+    FinishReason.ABORTED: inference_pb2.FINISH_REASON_ABORTED,
+}
+_HEALTH = {
+    HealthState.STARTING: control_pb2.HEALTH_STATE_STARTING,
+    HealthState.READY: control_pb2.HEALTH_STATE_READY,
+    HealthState.DEGRADED: control_pb2.HEALTH_STATE_DEGRADED,
+    HealthState.NOT_READY: control_pb2.HEALTH_STATE_NOT_READY,
+}
+_FLOATS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+
+
+def sampling_params(
+    sampling: inference_pb2.Sampling, output: inference_pb2.OutputOptions
+) -> SamplingParams:
+    """How tokens are drawn; log probabilities live with the output options on the wire."""
+    given: dict[str, Any] = {
+        name: _shortest(getattr(sampling, name)) for name in _FLOATS if sampling.HasField(name)
+    }
+    given |= _present(sampling, ("top_k", "seed"))
+    given |= _present(output, ("logprobs", "prompt_logprobs"))
+    bias = {token: _shortest(value) for token, value in sampling.logit_bias.items()}
+    return SamplingParams(**given, logit_bias=bias)
+
+
+def stopping(message: inference_pb2.Stopping) -> tuple[Stopping, list[Violation]]:
+    """When a sample ends, and what could not be understood."""
+    strings: list[str] = []
+    token_ids: list[int] = []
+    faults: list[Violation] = []
+    for position, condition in enumerate(message.conditions):
+        kind = condition.WhichOneof("condition")
+        if kind == "text":
+            strings.append(condition.text)
+        elif kind == "token_id":
+            token_ids.append(condition.token_id)
+        else:
+            faults.append(
+                Violation(
+                    f"stopping.conditions[{position}]",
+                    "neither text nor token_id is set, or it is of a type that this server does "
+                    "not know: set one of the two",
+                )
+            )
+    given = _present(message, ("max_tokens", "min_tokens", "ignore_eos", "include_stop"))
+    return Stopping(strings=tuple(strings), token_ids=tuple(token_ids), **given), faults
+
+
+def chat_messages(messages: Iterable[inference_pb2.ChatMessage]) -> list[Mapping[str, str]]:
+    """A conversation as chat templates take it."""
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def generate_request(chat: inference_pb2.ChatRequest) -> inference_pb2.GenerateRequest:
+    """A chat request's common part; the prompt is for the caller to render."""
+    request = inference_pb2.GenerateRequest(
+        request_id=chat.request_id,
+        model=chat.model,
+        sampling=chat.sampling,
+        stopping=chat.stopping,
+        output=chat.output,
+        generated=chat.generated,
+    )
+    if chat.HasField("n"):
+        request.n = chat.n
+    if chat.HasField("priority"):
+        request.priority = chat.priority
+    return request
+
+
+def chat_response(message: inference_pb2.GenerateResponse) -> inference_pb2.ChatResponse:
+    """The same delta, as an answer's."""
+    response = inference_pb2.ChatResponse(
+        index=message.index,
+        text=message.text,
+        token_ids=message.token_ids,
+        logprobs=message.logprobs,
+    )
+    if message.HasField("request_id"):
+        response.request_id = message.request_id
+    if message.HasField("finish"):
+        response.finish.CopyFrom(message.finish)
+    return response
+
+
+def token_logprob(logprobs: Logprobs, text: TokenText) -> inference_pb2.TokenLogprob:
+    """One token's log probability; `text` turns an id into its text, or into ""."""
+    return inference_pb2.TokenLogprob(
+        token_id=logprobs.token,
+        text=text(logprobs.token),
+        logprob=logprobs.logprob,
+        rank=logprobs.rank,
+        top=[
+            inference_pb2.TopToken(token_id=token, text=text(token), logprob=value)
+            for token, value in zip(logprobs.top_tokens, logprobs.top_logprobs, strict=True)
+        ],
+    )
+
+
+def prompt_logprobs(
+    logprobs: Iterable[Logprobs | None], prompt: tuple[int, ...], text: TokenText
+) -> list[inference_pb2.TokenLogprob]:
+    """One per prompt token. The first has nothing before it: its `logprob` stays unset."""
+    return [
+        token_logprob(entry, text)
+        if entry is not None
+        else inference_pb2.TokenLogprob(token_id=token, text=text(token))
+        for token, entry in zip(prompt, logprobs, strict=True)
+    ]
+
+
+def finish(
+    reason: FinishReason,
+    matched: str | int | None,
+    usage: Usage | None,
+    timing: Timing | None,
+    seed: int | None,
+) -> inference_pb2.Finish:
+    """How a sample ended. DEADLINE has no place here: it is a status, not a finish."""
+    message = inference_pb2.Finish(reason=_FINISH[reason], seed=seed or 0)
+    if isinstance(matched, str):
+        message.matched.text = matched
+    elif matched is not None:
+        message.matched.token_id = matched
+    if usage is not None:
+        message.usage.prompt_tokens = usage.prompt_tokens
+        message.usage.completion_tokens = usage.completion_tokens
+        message.usage.cached_tokens = usage.cached_tokens
+    if timing is not None:
+        message.usage.queue_seconds = timing.queue
+        message.usage.first_token_seconds = timing.first_token
+        message.usage.total_seconds = timing.total
+    return message
+
+
+def model_info(
+    model: ModelInfo, *, has_tokenizer: bool, has_chat_template: bool
+) -> control_pb2.GetModelInfoResponse:
+    return control_pb2.GetModelInfoResponse(
+        name=model.name,
+        architecture=model.architecture,
+        vocabulary=model.vocabulary,
+        context=model.context,
+        layers=model.layers,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        width=model.width,
+        parameters=model.parameters,
+        dtype=model.dtype,
+        eos_token_ids=model.eos_token_ids,
+        has_tokenizer=has_tokenizer,
+        has_chat_template=has_chat_template,
+    )
+
+
+def rank(info: RankInfo) -> control_pb2.Rank:
+    """What one rank holds."""
+    return control_pb2.Rank(
+        rank=info.rank,
+        host=info.host,
+        pid=info.pid,
+        heads=_range(info.heads),
+        kv_heads=_range(info.kv_heads),
+        channels=_range(info.channels),
+        vocabulary=_range(info.vocabulary),
+        weight_bytes=info.weight_bytes,
+        kv_bytes=info.kv_bytes,
+    )
+
+
+def load(value: Load) -> control_pb2.GetLoadResponse:
+    return control_pb2.GetLoadResponse(
+        running=value.running,
+        waiting=value.waiting,
+        kv_blocks=value.kv_blocks,
+        kv_blocks_used=value.kv_blocks_used,
+        block_size=value.block_size,
+        steps=value.steps,
+        preemptions=value.preemptions,
+        generated_tokens=value.generated_tokens,
+    )
+
+
+def health(value: Health) -> control_pb2.GetHealthResponse:
+    return control_pb2.GetHealthResponse(
+        state=_HEALTH[value.state],
+        cause=value.cause,
+        since=timestamp(value.since),
+        epoch=value.epoch,
+        ranks=[
+            control_pb2.RankHealth(
+                rank=entry.rank,
+                host=entry.host,
+                pid=entry.pid,
+                state=_HEALTH[entry.state],
+                cause=entry.cause,
+                since=timestamp(entry.since),
+            )
+            for entry in value.ranks
+        ],
+    )
+
+
+def timestamp(unix_seconds: float) -> Timestamp:
+    """Unix time, to the microsecond."""
+    whole, micros = divmod(round(unix_seconds * 1_000_000), 1_000_000)
+    return Timestamp(seconds=whole, nanos=micros * 1000)
+
+
+def _range(bounds: tuple[int, int]) -> control_pb2.Range:
+    return control_pb2.Range(start=bounds[0], stop=bounds[1])
+
+
+def _present(message: Any, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
+
+
+def _shortest(value: float) -> float:
+    """The decimal that the client wrote: the wire's float32 0.7 arrives as 0.699999988..., which
+    would sample differently from the same call made in Python."""
+    return float(str(np.float32(value)))

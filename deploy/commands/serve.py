@@ -1,0 +1,170 @@
+"""`headwise serve`: one model copy on this machine, on a Ray of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+import yaml
+from pydantic import ValidationError
+
+from shards.errors import HeadwiseError
+
+if TYPE_CHECKING:
+    from deploy.args import AppArgs
+    from deploy.start_report import ReplicaInfo
+
+
+class BadConfig(HeadwiseError):
+    """Options or a config file that cannot be meant."""
+
+
+def serve(
+    model: Annotated[
+        str | None, typer.Option(help="Folder, GGUF file or hub id. [required]")
+    ] = None,
+    tensor_parallel: Annotated[int | None, typer.Option("--tensor-parallel", "-n")] = None,
+    capacity: Annotated[
+        str | None, typer.Option(help="Relative speed of each rank, such as 2,1,1.")
+    ] = None,
+    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option()] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"] | None, typer.Option()
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Where it is not the model's own.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub id.")] = None,
+    collective: Annotated[
+        Literal["auto", "shared_memory", "gloo", "nccl"] | None, typer.Option()
+    ] = None,
+    placement: Annotated[
+        Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"] | None, typer.Option()
+    ] = None,
+    cpus_per_rank: Annotated[float | None, typer.Option()] = None,
+    threads_per_rank: Annotated[int | None, typer.Option()] = None,
+    max_context: Annotated[int | None, typer.Option(help="Tokens of a sequence at most.")] = None,
+    kv_memory: Annotated[
+        str | None, typer.Option(help="KV cache of each rank, such as 2GiB.")
+    ] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens in a KV block.")] = None,
+    max_sequences: Annotated[int | None, typer.Option(help="That run at a time.")] = None,
+    max_step_tokens: Annotated[int | None, typer.Option(help="Computed in one step.")] = None,
+    max_queued_requests: Annotated[int | None, typer.Option()] = None,
+    max_queued_tokens: Annotated[int | None, typer.Option()] = None,
+    start_timeout_s: Annotated[float | None, typer.Option()] = None,
+    step_timeout_s: Annotated[float | None, typer.Option()] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="0 takes any free one.")] = None,
+    tls_certificate: Annotated[str | None, typer.Option(help="PEM file.")] = None,
+    tls_key: Annotated[str | None, typer.Option(help="PEM file.")] = None,
+    tls_client_ca: Annotated[
+        str | None, typer.Option(help="PEM file; clients must show a certificate of it.")
+    ] = None,
+    token_file: Annotated[
+        str | None, typer.Option(help="Bearer tokens, one per line; calls must carry one.")
+    ] = None,
+    max_message_bytes: Annotated[int | None, typer.Option()] = None,
+    drain_timeout_s: Annotated[
+        float | None, typer.Option(help="How long running calls may go on after a signal.")
+    ] = None,
+    log_format: Annotated[Literal["text", "json"] | None, typer.Option()] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML or JSON with these options' names; options win over it."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the ready line as JSON.")] = False,
+) -> None:
+    """Serve a model on this machine; prints one line when it is ready.
+
+    SIGTERM and SIGINT end it in order. Defaults are those of ClusterConfig and ServerConfig.
+    """
+    given = {
+        name: value
+        for name, value in locals().items()
+        if value is not None and name not in ("config", "as_json")
+    }
+    args = read_args(config, given)
+
+    from deploy.local import local_application
+    from deploy.preflight import check
+    from deploy.progress import shown_progress
+
+    with shown_progress() as on_event:
+        on_event.phase("checking the model and the split")
+        check(args.cluster, args.server)
+        with local_application(args, on_event) as (local, info):
+            if info is None:
+                return
+            on_event.stop()
+            typer.echo(_as_json(info) if as_json else _as_text(info))
+            sys.stdout.flush()
+            local.wait()
+
+
+def read_args(config: Path | None, given: dict[str, Any]) -> AppArgs:
+    """The options over the file over the defaults; raises `BadConfig` naming every fault."""
+    from deploy.args import AppArgs, flattened
+
+    try:
+        args = AppArgs.model_validate({**flattened(_read(config)), **given})
+    except ValidationError as error:
+        faults = "; ".join(_fault(fault) for fault in error.errors(include_url=False))
+        raise BadConfig(f"bad configuration: {faults}") from error
+    if args.replicas != 1:
+        raise BadConfig(
+            f"replicas={args.replicas}: `headwise serve` runs one copy of the model; deploy "
+            "deploy.app:build on a Ray cluster for more"
+        )
+    return args
+
+
+def _read(config: Path | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadConfig(f"--config {config} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        cause = " ".join(str(error).split())
+        raise BadConfig(f"--config {config} is neither YAML nor JSON: {cause}") from error
+    if not isinstance(content, dict):
+        raise BadConfig(f"--config {config} holds no mapping of option names to values")
+    return content
+
+
+def _fault(fault: Any) -> str:
+    path = [str(part) for part in fault["loc"] if part not in ("cluster", "server")]
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "missing":
+        return f"--{path[-1].replace('_', '-')} is missing" if path else message
+    if not path:
+        return str(message)
+    if fault["type"] == "extra_forbidden":
+        return f"there is no option {path[-1]}"
+    return f"{'.'.join(path)}={fault['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _as_json(info: ReplicaInfo) -> str:
+    return json.dumps(
+        {
+            "event": "ready",
+            "grpc": info.grpc,
+            "pid": os.getpid(),
+            "model": dataclasses.asdict(info.model),
+            "ranks": [dataclasses.asdict(rank) for rank in info.ranks],
+        }
+    )
+
+
+def _as_text(info: ReplicaInfo) -> str:
+    ranks = ", ".join(
+        f"rank {rank.rank} heads {rank.heads[0]}-{rank.heads[1] - 1} "
+        f"(KV {rank.kv_heads[0]}-{rank.kv_heads[1] - 1})"
+        for rank in info.ranks
+    )
+    return f"ready: {info.model.name} at {info.grpc} (gRPC); {ranks}"

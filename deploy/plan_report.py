@@ -1,0 +1,136 @@
+"""What `headwise plan` says about a split, as data: the object that `--json` prints."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from shards.footprint import (
+    Communication,
+    communication,
+    model_size,
+    rank_footprints,
+    slowdown,
+    tokens_that_fit,
+)
+from shards.layout import LayerSplit, Layout, Range
+from shards.models.spec import ModelSpec
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LayersPlan(_Frozen):
+    """One way of cutting a layer, and the layers that are cut so. Ranges are one per rank."""
+
+    layers: tuple[Range, ...]
+    heads: tuple[Range, ...]
+    kv_heads: tuple[Range, ...]
+    channels: tuple[Range, ...]
+
+
+class RankPlan(_Frozen):
+    """`tokens` is what fits into the memory that was given, in whole blocks; None without one.
+    `fits` is false where the weights alone are more than that."""
+
+    rank: int
+    capacity: float
+    vocabulary: Range
+    weight_bytes: int
+    kv_bytes_per_token: int
+    tokens: int | None
+    fits: bool
+
+
+class PlanReport(_Frozen):
+    """What `--json` prints. Sizes are bytes; ranges are half open.
+
+    `tokens` and `sequences` (of `context` tokens each) are what the whole group can hold: its
+    tightest rank decides. `slowdown` is a decode step's time over that of a perfect cut.
+    """
+
+    model: str
+    architecture: str
+    parameters: int
+    active_parameters: int
+    dtype: str
+    context: int
+    tensor_parallel: int
+    splits: tuple[LayersPlan, ...]
+    ranks: tuple[RankPlan, ...]
+    communication: Communication
+    slowdown: float
+    tokens: int | None
+    sequences: int | None
+
+
+def make_plan(
+    spec: ModelSpec,
+    layout: Layout,
+    *,
+    model: str,
+    dtype: str,
+    context: int,
+    kv_memory: int | None = None,
+    memory_per_rank: int | None = None,
+    block_size: int = 16,
+) -> PlanReport:
+    """`kv_memory` is what each rank gives to the KV cache; `memory_per_rank` what it gives to the
+    KV cache and its weights together. In bytes, at most one of them."""
+    footprints = rank_footprints(spec, layout, dtype)
+    ranks = []
+    for rank, footprint in enumerate(footprints):
+        room = kv_memory
+        if memory_per_rank is not None:
+            room = memory_per_rank - footprint.weights
+        tokens = None
+        if room is not None:
+            tokens = tokens_that_fit(room, footprint.kv_per_token, block_size)
+        ranks.append(
+            RankPlan(
+                rank=rank,
+                capacity=layout.capacity[rank],
+                vocabulary=layout.vocabulary[rank],
+                weight_bytes=footprint.weights,
+                kv_bytes_per_token=footprint.kv_per_token,
+                tokens=tokens,
+                fits=room is None or room >= 0,
+            )
+        )
+    known = [rank.tokens for rank in ranks if rank.tokens is not None]
+    tokens = min(known) if known else None
+    size = model_size(spec)
+    return PlanReport(
+        model=model,
+        architecture=spec.architecture,
+        parameters=size.parameters,
+        active_parameters=size.active,
+        dtype=dtype,
+        context=context,
+        tensor_parallel=layout.world,
+        splits=_splits(layout),
+        ranks=tuple(ranks),
+        communication=communication(spec, layout, dtype),
+        slowdown=slowdown(spec, layout),
+        tokens=tokens,
+        sequences=None if tokens is None else tokens // context,
+    )
+
+
+def _splits(layout: Layout) -> tuple[LayersPlan, ...]:
+    alike: dict[LayerSplit, list[Range]] = {}
+    for i, split in enumerate(layout.layers):
+        runs = alike.setdefault(split, [])
+        if runs and runs[-1].stop == i:
+            runs[-1] = Range(runs[-1].start, i + 1)
+        else:
+            runs.append(Range(i, i + 1))
+    return tuple(
+        LayersPlan(
+            layers=tuple(runs),
+            heads=split.heads,
+            kv_heads=split.kv_heads,
+            channels=split.channels,
+        )
+        for split, runs in alike.items()
+    )

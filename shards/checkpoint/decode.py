@@ -1,0 +1,21 @@
+"""From a tensor's bytes to a torch tensor."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def decode(encoded: npt.NDArray[np.uint8], dtype: str) -> torch.Tensor:
+    """`encoded` [rows, bytes] holds whole blocks of `dtype` -> [rows, elements].
+
+    F32, F16 and BF16 share the array's memory; quantised types come out as float32.
+    """
+    if dtype in _PLAIN:
+        return torch.from_numpy(encoded).view(_PLAIN[dtype])
+    values = gguf.quants.dequantize(encoded, gguf.GGMLQuantizationType[dtype])
+    return torch.from_numpy(values)

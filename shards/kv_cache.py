@@ -1,0 +1,51 @@
+"""The paged KV cache of one rank: its own KV heads of every layer, in blocks of `block_size`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from shards.errors import NotEnoughMemory
+from shards.layout import Layout
+from shards.models.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """Keys and values of one layer, each [blocks, kv_heads, block_size, head_dim]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def write(
+        self, k_TKH: torch.Tensor, v_TKH: torch.Tensor, blocks_T: torch.Tensor, at_T: torch.Tensor
+    ) -> None:
+        """Store each token's keys and values at its block and offset."""
+        self.keys[blocks_T, :, at_T] = k_TKH
+        self.values[blocks_T, :, at_T] = v_TKH
+
+
+def allocate(
+    spec: ModelSpec,
+    layout: Layout,
+    rank: int,
+    *,
+    blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[LayerCache, ...]:
+    """Pools of `blocks` blocks for every layer; raises `NotEnoughMemory` if the device refuses."""
+    caches = []
+    try:
+        for layer, split in zip(spec.layers, layout.layers, strict=True):
+            shape = (blocks, len(split.kv_heads[rank]), block_size, layer.attention.head_dim)
+            keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+            caches.append(LayerCache(keys, values))
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        raise NotEnoughMemory(
+            f"rank {rank} cannot hold a KV cache of {blocks} blocks of {block_size} tokens "
+            f"({error}); give a smaller --kv-memory"
+        ) from error
+    return tuple(caches)

@@ -1,0 +1,115 @@
+"""Reading a config.json with the defaults of its family, and a clear error for a wrong value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from shards.errors import UnsupportedModel
+from shards.models.spec import Activation
+
+# transformers' names; its three tanh variants differ in rounding only.
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+class Fields:
+    """The fields of one config: what it states, else the family's default.
+
+    A field that is null counts as unstated. `aliases` maps a field to another name under which
+    configs may state it. Every getter raises `UnsupportedModel`, naming field and value.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
+        self._config = config
+        self._defaults = defaults
+        self._aliases = aliases or {}
+
+    def get(self, name: str) -> Any:
+        """The raw value; None where neither config nor family has one."""
+        for spelling in (name, self._aliases.get(name, name)):
+            if self._config.get(spelling) is not None:
+                return self._config[spelling]
+        return self._defaults.get(name)
+
+    def integer(self, name: str) -> int:
+        """A whole number above 0."""
+        value = self.get(name)
+        if type(value) is not int or value < 1:
+            raise _refuse(name, value, "a whole number above 0 is needed")
+        return value
+
+    def number(self, name: str) -> float:
+        """A finite number above 0."""
+        return positive(name, self.get(name))
+
+    def flag(self, name: str) -> bool:
+        value = self.get(name)
+        if not isinstance(value, bool):
+            raise _refuse(name, value, "true or false is needed")
+        return value
+
+    def activation(self, name: str) -> Activation:
+        value = self.get(name)
+        if not isinstance(value, str) or value not in _ACTIVATIONS:
+            raise _refuse(name, value, f"known are {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[value]
+
+    def dtype(self) -> str:
+        """The checkpoint's dtype, under transformers' new or old field name."""
+        value = self._config.get("dtype") or self._config.get("torch_dtype") or "float32"
+        name = str(value).removeprefix("torch.")
+        if name not in _DTYPES:
+            raise _refuse("dtype", value, f"known are {', '.join(_DTYPES)}")
+        return name
+
+    def head_counts(self, heads: str, kv_heads: str) -> tuple[int, int]:
+        """Query and KV heads; the latter default to the former and must divide them."""
+        count = self.integer(heads)
+        kv_count = self.integer(kv_heads) if self.get(kv_heads) is not None else count
+        if count % kv_count:
+            raise UnsupportedModel(
+                f"config fields {heads}={count} and {kv_heads}={kv_count}: "
+                "the KV heads must divide the query heads"
+            )
+        return count, kv_count
+
+    def even_share(self, width: str, heads: str) -> int:
+        """`width` / `heads`, the head_dim of families that state none."""
+        total, count = self.integer(width), self.integer(heads)
+        if total % count:
+            raise UnsupportedModel(
+                f"config fields {width}={total} and {heads}={count}: the heads must divide it"
+            )
+        return total // count
+
+    def refuse_flag(self, name: str, why: str) -> None:
+        """Raise where `name` is true: an option that the decoder has no part for."""
+        if self.get(name):
+            raise _refuse(name, self.get(name), why)
+
+
+def positive(name: str, value: Any) -> float:
+    """`value` as a float above 0, or `UnsupportedModel` naming the field."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise _refuse(name, value, "a number above 0 is needed")
+    return float(value)
+
+
+def _refuse(name: str, value: Any, why: str) -> UnsupportedModel:
+    return UnsupportedModel(f"config field {name} is {value!r}: {why}")

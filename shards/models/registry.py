@@ -1,0 +1,57 @@
+"""The families that headwise knows, and how a model finds its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from shards.errors import UnsupportedModel
+from shards.models.families import gpt2, gpt_bigcode, llama, qwen2
+from shards.models.family import Family, GGUFNames
+
+FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen2.FAMILY, gpt2.FAMILY, gpt_bigcode.FAMILY)
+
+
+def family_of_config(config: Mapping[str, Any]) -> Family:
+    """By the config's `architectures`, or by `model_type` where it lists none.
+
+    Raises `UnsupportedModel` naming the known ones and the nearest.
+    """
+    architectures = config.get("architectures")
+    if architectures:
+        names = architectures if isinstance(architectures, list) else [architectures]
+        for family in FAMILIES:
+            if any(name in family.architectures for name in names):
+                return family
+        known = [name for family in FAMILIES for name in family.architectures]
+        raise _unknown("architecture", str(names[0]), known)
+    model_type = config.get("model_type")
+    if model_type is None:
+        raise UnsupportedModel(
+            "the config states neither architectures nor model_type: add one of "
+            + ", ".join(family.model_type for family in FAMILIES)
+        )
+    for family in FAMILIES:
+        if family.model_type == model_type:
+            return family
+    raise _unknown("model_type", str(model_type), [family.model_type for family in FAMILIES])
+
+
+def family_of_gguf(architecture: str) -> tuple[Family, GGUFNames]:
+    """By a GGUF file's `general.architecture`: the family and its `gguf`.
+
+    Raises `UnsupportedModel` naming the known ones and the nearest.
+    """
+    known = [(family, family.gguf) for family in FAMILIES if family.gguf is not None]
+    for family, names in known:
+        if names.architecture == architecture:
+            return family, names
+    raise _unknown("GGUF architecture", architecture, [names.architecture for _, names in known])
+
+
+def _unknown(kind: str, name: str, known: Sequence[str]) -> UnsupportedModel:
+    nearest = get_close_matches(name, known, n=1, cutoff=0.0)
+    return UnsupportedModel(
+        f"{kind} {name!r} is unknown: known are {', '.join(known)}; the nearest is {nearest[0]}"
+    )

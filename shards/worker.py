@@ -1,0 +1,206 @@
+"""A rank's life: connect to the driver, load its slice, then serve plans until told to stop.
+
+Runs in a Ray actor (`shards/actor.py`) or, in tests, on a thread: it needs a socket, not ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+import psutil
+import torch
+from accelerate import init_empty_weights
+
+from shards import collectives
+from shards.channel import Channel, ChannelClosed, connect
+from shards.checkpoint.loader import load_shard
+from shards.collectives.base import Collective
+from shards.config import ShardConfig
+from shards.contract import (
+    Failure,
+    Hello,
+    Join,
+    Joined,
+    Loaded,
+    PhaseSeconds,
+    Progress,
+    Query,
+    RankStatus,
+    StepPlan,
+    Stop,
+    decode_to_rank,
+)
+from shards.errors import CollectiveAborted, CollectiveError, HeadwiseError
+from shards.kernels import attention_kernel
+from shards.memory import device_bytes_left, peak_rss
+from shards.models.decoder import Decoder
+from shards.runner import Runner
+from shards.timing import add
+
+_CONNECT_TIMEOUT_S = 30.0
+_PROGRESS_INTERVAL_S = 0.1
+# Share of the memory left after loading that the KV caches of a host may take unasked: a laptop
+# has other things to do, a GPU has not.
+_KV_SHARE = {"cpu": 0.25, "cuda": 0.9}
+
+# `init_empty_weights` patches torch.nn for the whole process, and ranks may share one in tests.
+_BUILDING = threading.Lock()
+
+
+class Worker:
+    """One rank, from its loaded weights on."""
+
+    def __init__(self, config: ShardConfig, channel: Channel) -> None:
+        self._config = config
+        self._channel = channel
+        self._device = torch.device(config.device)
+        self._dtype: torch.dtype = getattr(torch, config.dtype)
+        self._decoder: Decoder | None = None
+        self._collective: Collective | None = None
+        self._runner: Runner | None = None
+        self._steps = 0
+        self._seconds = PhaseSeconds()
+
+    def load(self) -> None:
+        """Read this rank's slice of the weights and report what room is left."""
+        config, began = self._config, time.perf_counter()
+        with _BUILDING, init_empty_weights():
+            decoder = Decoder(
+                config.source.spec, config.layout, config.rank, attention_kernel(self._device)
+            )
+        weights = load_shard(
+            config.source, config.layout, config.rank, self._dtype, self._device, self._progress()
+        )
+        with _BUILDING:
+            decoder.load_state_dict(weights, strict=True, assign=True)
+        self._decoder = decoder.requires_grad_(False)
+        held = sum(weight.numel() * weight.element_size() for weight in weights.values())
+        left = int(device_bytes_left(config.device) * _KV_SHARE[self._device.type])
+        room = left // config.host_ranks if config.kv_memory is None else config.kv_memory
+        self._channel.send(Loaded(config.rank, held, room, time.perf_counter() - began, peak_rss()))
+
+    def serve(self) -> None:
+        """Execute what the driver sends, until `Stop`."""
+        while True:
+            match decode_to_rank(self._channel.receive()):
+                case StepPlan() as plan:
+                    self._step(plan)
+                case Join() as join:
+                    self._join(join)
+                case Query():
+                    self._channel.send(
+                        RankStatus(
+                            self._config.rank,
+                            self._steps,
+                            self._seconds,
+                            psutil.Process().memory_info().rss,
+                        )
+                    )
+                case Stop():
+                    return
+
+    def close(self) -> None:
+        """Leave the epoch: drop the cache and the collective, keep the weights."""
+        self._runner = None
+        if self._collective is not None:
+            self._collective.close()
+            self._collective = None
+
+    def _progress(self) -> Callable[[int, int], None]:
+        last = 0.0
+
+        def report(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if done == total or now - last >= _PROGRESS_INTERVAL_S:
+                last = now
+                self._channel.send(Progress(self._config.rank, done, total))
+
+        return report
+
+    def _join(self, join: Join) -> None:
+        config = self._config
+        if self._decoder is None:
+            raise RuntimeError("asked to join an epoch before the weights are loaded")
+        self.close()
+        segment = None
+        if config.collective == "shared_memory":
+            segment = self._channel.receive_descriptor()
+        self._collective = collectives.connect(
+            config.collective,
+            rank=config.rank,
+            world=config.layout.world,
+            epoch=join.epoch,
+            deadline_s=config.deadline_s,
+            rendezvous=join.rendezvous,
+            segment=segment,
+            device=config.device,
+        )
+        if segment is not None:
+            os.close(segment)
+        self._runner = Runner(
+            self._decoder,
+            config.source.spec,
+            config.layout,
+            self._collective,
+            blocks=join.blocks,
+            block_size=config.block_size,
+            max_sequences=config.max_sequences,
+            context=config.context,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        self._steps, self._seconds = 0, PhaseSeconds()
+        self._channel.send(Joined(config.rank, join.epoch))
+
+    def _step(self, plan: StepPlan) -> None:
+        if self._runner is None:
+            raise RuntimeError("asked for a step before joining an epoch")
+        result = self._runner.execute(plan)
+        self._steps += 1
+        self._seconds = add(self._seconds, result.seconds)
+        if self._config.rank == 0:
+            self._channel.send(result)
+
+
+def _failure(rank: int, error: BaseException) -> Failure:
+    suspect = error.rank if isinstance(error, CollectiveError) and error.rank is not None else -1
+    return Failure(
+        rank,
+        str(error) or type(error).__name__,
+        "".join(traceback.format_exception(error)),
+        suspect,
+        isinstance(error, HeadwiseError),
+        isinstance(error, CollectiveAborted),
+    )
+
+
+def serve(config: ShardConfig, address: str, token: str) -> None:
+    """The whole life of a rank: connect, load, serve, leave. Returns when stopped or abandoned.
+
+    Any other end raises, after the driver was told why.
+    """
+    torch.set_num_threads(
+        config.threads or max(1, len(os.sched_getaffinity(0)) // config.host_ranks)
+    )
+    channel = Channel(connect(address, _CONNECT_TIMEOUT_S))
+    worker = Worker(config, channel)
+    try:
+        channel.send(Hello(config.rank, token, socket.gethostname(), os.getpid()))
+        worker.load()
+        worker.serve()
+    except ChannelClosed:
+        return  # the driver is gone: there is no one left to serve or to tell
+    except BaseException as error:
+        with contextlib.suppress(ChannelClosed):
+            channel.send(_failure(config.rank, error))
+        raise
+    finally:
+        worker.close()
+        channel.close()

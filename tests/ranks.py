@@ -1,0 +1,173 @@
+"""Ranks on threads of this process: the production runner, or the whole worker, without Ray."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from shards.collectives.local import ThreadGroup
+from shards.models.source import open_model
+
+from cluster.blocks import BlockPool
+from cluster.links import RankLinks
+from cluster.rank_group import Placement
+from cluster.scheduler import Scheduler
+from cluster.sequence import Sequence
+from shards import worker
+from shards.checkpoint.loader import load_shard
+from shards.config import ShardConfig
+from shards.contract import Sampling, StepPlan, StepResult
+from shards.kernels import attention_kernel
+from shards.layout import make_layout
+from shards.models.decoder import Decoder
+from shards.runner import Runner
+
+CPU = torch.device("cpu")
+GREEDY = Sampling(temperature=0.0)
+
+
+class ThreadRanks:
+    """Every rank's `Runner` on a thread of its own, summing through a `ThreadGroup`."""
+
+    def __init__(
+        self,
+        model: Path,
+        world: int,
+        *,
+        capacity: Many[float] | None = None,
+        context: int = 256,
+        blocks: int = 96,
+        block_size: int = 8,
+        max_sequences: int = 8,
+    ) -> None:
+        source = open_model(str(model))
+        layout = make_layout(source.spec, world, capacity)
+        self.vocabulary = source.spec.vocabulary
+        self.blocks, self.block_size, self.max_sequences = blocks, block_size, max_sequences
+        self._pool = ThreadPoolExecutor(world)
+        self._runners = []
+        group = ThreadGroup(world, deadline_s=60)
+        for collective in (group[rank] for rank in range(world)):
+            with torch.device("meta"):
+                decoder = Decoder(source.spec, layout, collective.rank, attention_kernel(CPU))
+            weights = load_shard(source, layout, collective.rank, torch.float32, CPU, None)
+            decoder.load_state_dict(weights, strict=True, assign=True)
+            self._runners.append(
+                Runner(
+                    decoder,
+                    source.spec,
+                    layout,
+                    collective,
+                    blocks=blocks,
+                    block_size=block_size,
+                    max_sequences=max_sequences,
+                    context=min(context, source.spec.context),
+                    dtype=torch.float32,
+                    device=CPU,
+                )
+            )
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Rank 0's result, when every rank is done."""
+        results = list(self._pool.map(lambda runner: runner.execute(plan), self._runners))
+        return results[0]
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+@contextmanager
+def thread_ranks(model: Path, world: int, **options: object) -> Iterator[ThreadRanks]:
+    ranks = ThreadRanks(model, world, **options)  # type: ignore[arg-type]
+    try:
+        yield ranks
+    finally:
+        ranks.close()
+
+
+def generate(
+    ranks: ThreadRanks,
+    prompts: Many[Many[int]],
+    steps: int,
+    *,
+    sampling: Sampling = GREEDY,
+    max_step_tokens: int = 16,
+) -> list[tuple[list[int], np.ndarray]]:
+    """`steps` tokens for each prompt, all at once, and the logits [steps, vocabulary] behind them.
+
+    Prompts longer than `max_step_tokens` are computed in chunks, beside running decodes.
+    """
+    scheduler = Scheduler(
+        BlockPool(ranks.blocks, ranks.block_size),
+        max_sequences=ranks.max_sequences,
+        max_step_tokens=max_step_tokens,
+    )
+    sequences = [
+        Sequence(
+            request_id=str(i),
+            index=0,
+            tokens=list(prompt),
+            prompt_length=len(prompt),
+            max_length=len(prompt) + steps,
+            sampling=sampling,
+            arrival=i,
+            want_logits=True,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    logits: dict[str, list[np.ndarray]] = {s.request_id: [] for s in sequences}
+    for sequence in sequences:
+        scheduler.add(sequence)
+    step = 0
+    while plan := scheduler.plan(step := step + 1, 1):
+        for sequence, sampled in scheduler.commit(ranks.execute(plan)):
+            assert sampled.logits is not None
+            logits[sequence.request_id].append(np.frombuffer(sampled.logits, np.float32))
+            if len(sequence.tokens) == sequence.max_length:
+                scheduler.remove(sequence)
+    return [(s.tokens[s.prompt_length :], np.stack(logits[s.request_id])) for s in sequences]
+
+
+class ThreadLauncher:
+    """Runs `shards.worker.serve` on threads: the driver, its sockets and the shared memory are the
+    production ones. `cut(rank)` ends one rank's socket, as a dying process would."""
+
+    def __init__(self, world: int) -> None:
+        self._world = world
+        self._threads: list[threading.Thread] = []
+        self._deaths: dict[int, str] = {}
+
+    def place(self) -> Placement:
+        return Placement(("here",) * self._world, listen=None)
+
+    def launch(self, shards: Many[ShardConfig], links: RankLinks) -> None:
+        for shard in shards:
+            thread = threading.Thread(
+                target=self._run, args=(shard, links), name=f"rank-{shard.rank}", daemon=True
+            )
+            thread.start()
+            self._threads.append(thread)
+
+    def deaths(self) -> dict[int, str]:
+        return dict(self._deaths)
+
+    def stop(self, grace_s: float) -> None:
+        for thread in self._threads:
+            thread.join(10)
+            assert not thread.is_alive(), f"{thread.name} did not leave"
+
+    def _run(self, shard: ShardConfig, links: RankLinks) -> None:
+        cause = "it left"
+        try:
+            worker.serve(shard, links.address, links.token)
+        except BaseException as error:
+            cause = str(error)
+        self._deaths[shard.rank] = cause
+        with suppress(OSError):
+            links.wake()
