@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shards.models.source import ModelSource, open_model
-
 from cluster.config import ClusterConfig
 from cluster.request import ModelInfo
 from shards.collectives import Transport
@@ -14,6 +12,7 @@ from shards.errors import NotEnoughMemory
 from shards.footprint import RankFootprint, model_size, rank_footprints
 from shards.layout import Layout, make_layout
 from shards.memory import host_bytes_left
+from shards.models.source import ModelSource, open_model
 
 # What a rank holds besides weights and cache: Python, torch, scratch space.
 _RANK_OVERHEAD = 400 << 20
@@ -88,7 +87,7 @@ def draw_up(config: ClusterConfig) -> Blueprint:
     """
     source = open_model(config.model, config.revision)
     layout = make_layout(source.spec, config.tensor_parallel, config.capacity)
-    dtype = config.dtype
+    dtype: str = config.dtype
     if dtype == "auto":
         # PyTorch's 16-bit matrix products are slower than float32 ones on CPUs without their own.
         dtype = source.spec.dtype if config.device == "cuda" else "float32"

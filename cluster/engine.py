@@ -16,6 +16,7 @@ from cluster.config import ClusterConfig
 from cluster.driver import Driver
 from cluster.errors import InvalidRequest, Overloaded, Violation
 from cluster.rank_group import Launcher, OnProgress
+from cluster.ray_environment import prepare_local_ray
 from cluster.request import FinishReason, ModelInfo, Request, SamplingParams, Stopping, Usage
 from cluster.text import TextStream
 from cluster.validation import validate
@@ -109,6 +110,7 @@ class Engine:
         """Start the ranks and wait until they are ready. `with` does it."""
         launcher = self._launcher
         if launcher is None:
+            prepare_local_ray()
             from cluster.shard_group import LocalRay, RayLauncher, local_cpus
 
             self._ray = LocalRay(local_cpus(self._config))

@@ -229,6 +229,7 @@ class RankGroup:
         report: OnProgress,
     ) -> None:
         links = self._open_links()
+        reported = [state.progress for state in self.states]
         while not all(done(state) for state in self.states):
             left = deadline - time.monotonic()
             if left <= 0:
@@ -240,7 +241,8 @@ class RankGroup:
             for message in links.poll(min(left, 1.0)):
                 self._take(message)
             loading = [state.progress for state in self.states]
-            if any(total for _, total in loading):
+            if loading != reported:
+                reported = loading
                 report("loading weights", sum(d for d, _ in loading), sum(t for _, t in loading))
             if self._trouble():
                 raise StartupError(str(self._diagnose()))

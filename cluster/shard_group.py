@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -28,29 +28,20 @@ from shards.actor import ShardActor
 from shards.config import ShardConfig
 
 _PLACEMENT_TIMEOUT_S = 30.0
-# Ray's own defaults do not suit a decode step of a few milliseconds: workers at nice +15 make every
-# rank wait for the slowest, and the node's address is taken where loopback was meant.
-_LOCAL_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_worker_niceness": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
+_KILL_TIMEOUT_S = 1.0
 
 
 class LocalRay:
     """A Ray of this process's own, on loopback, gone without a trace at `stop`.
 
-    Does nothing where the process is connected to a Ray already.
+    Does nothing where the process is connected to a Ray already. `prepare_local_ray` comes before
+    this module is imported.
     """
 
     def __init__(self, cpus: int) -> None:
         self._directory: str | None = None
         if ray.is_initialized():
             return
-        for name, value in _LOCAL_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
         self._directory = tempfile.mkdtemp(prefix="hw-")  # short: unix socket paths are limited
         ray.init(
             address="local",
@@ -147,11 +138,11 @@ class RayLauncher:
     def stop(self, grace_s: float) -> None:
         if self._runs:
             ray.wait(self._runs, num_returns=len(self._runs), timeout=grace_s)
-        pids = self._local_pids()
+        processes = self._local_processes()
         for actor in self._actors:
             ray.kill(actor)
-        for pid in pids:  # ray.kill leaves a stopped process alive
-            _kill(pid)
+        for process in psutil.wait_procs(processes, _KILL_TIMEOUT_S)[1]:
+            process.kill()  # ray.kill leaves a stopped process alive
         if self._watcher is not None:
             self._watcher.join(grace_s)
         self._actors, self._runs, self._watcher = [], [], None
@@ -182,7 +173,7 @@ class RayLauncher:
         return self._own
 
     def _watch(self, runs: tuple[ray.ObjectRef[None], ...], links: RankLinks) -> None:
-        """A run's end is its rank's death notice, even where no socket tells of it (a lost node)."""
+        """A run's end is its rank's death notice, also where no socket tells (a lost node)."""
         pending = list(runs)
         while pending:
             ended, pending = ray.wait(pending, num_returns=1)
@@ -191,11 +182,15 @@ class RayLauncher:
             with contextlib.suppress(OSError):
                 links.wake()
 
-    def _local_pids(self) -> list[int]:
-        if self._links is None:
-            return []
-        hellos = [self._links.hello(rank) for rank in range(self._links.world)]
-        return [h.pid for h in hellos if h is not None and h.host == os.uname().nodename]
+    def _local_processes(self) -> list[psutil.Process]:
+        """The ranks' processes on this host."""
+        processes = []
+        for rank in range(0 if self._links is None else self._links.world):
+            hello = self._links.hello(rank) if self._links is not None else None
+            if hello is not None and hello.host == socket.gethostname():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    processes.append(psutil.Process(hello.pid))
+        return processes
 
 
 def _cause(run: ray.ObjectRef[None]) -> str:
@@ -206,11 +201,3 @@ def _cause(run: ray.ObjectRef[None]) -> str:
     except RayError as error:
         return str(error).strip().splitlines()[-1]
     return "it left"
-
-
-def _kill(pid: int) -> None:
-    """End a rank's process for good, if it is still the one we started."""
-    with contextlib.suppress(psutil.Error, ProcessLookupError):
-        if "ray::ShardActor" in " ".join(psutil.Process(pid).cmdline()):
-            os.kill(pid, signal.SIGKILL)
-            psutil.wait_procs([psutil.Process(pid)], timeout=1)

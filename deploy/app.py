@@ -9,11 +9,10 @@ tokens travel through each replica's own gRPC server. The one module of `deploy`
 import asyncio
 import dataclasses
 import importlib.metadata
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from pathlib import Path
 
 import ray
 import structlog
@@ -24,22 +23,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from cluster.blueprint import draw_up
+from cluster.config import ClusterConfig
 from cluster.driver import Driver
 from cluster.errors import StartupError
 from cluster.request import HealthState
 from cluster.shard_group import RayLauncher, bundles, local_cpus
-from deploy.args import AppArgs
+from deploy.args import AppArgs, LocalRun
 from deploy.edge.control import ServerFacts
 from deploy.edge.server import Edge
-from deploy.start_report import (
-    Event,
-    Failed,
-    Progress,
-    ReplicaInfo,
-    StartFailed,
-    StartReport,
-    StartReporter,
-)
+from deploy.start_report import Failed, Progress, Ready, report
 from deploy.telemetry import configure_logging
 from deploy.version import version
 from shards.errors import HeadwiseError
@@ -51,7 +43,7 @@ REPLICA_CPUS = 1
 # The application keeps nothing in Ray's object store; this is close to Ray's minimum.
 _OBJECT_STORE_BYTES = 100 << 20
 _POLL_SECONDS = 0.1
-_CALL_SECONDS = 10
+_CALL_SECONDS = 5
 # Serve kills a replica that takes longer to end than its drain and this.
 _END_SECONDS = 10
 
@@ -67,28 +59,23 @@ class Replica:
         configure_logging(args.log_format)
         self._drain_timeout_s = args.server.drain_timeout_s
         self._edge: Edge | None = None
-        report = StartReporter()
         try:
             self._driver = Driver(await asyncio.to_thread(draw_up, args.cluster))
             group = ray.util.get_current_placement_group()
             launcher = RayLauncher(args.cluster, group, first_bundle=1)
-            await asyncio.to_thread(self._driver.start, launcher, report.progress)
+            await asyncio.to_thread(self._driver.start, launcher, _report_progress)
             edge = Edge(self._driver, self._driver.codec, args.server, _facts(args, self._driver))
             await edge.start()
             self._edge = edge
         except Exception as error:
-            expected = isinstance(error, HeadwiseError)
-            report.failed(
-                str(error) if expected else f"{type(error).__name__}: {error}",
-                trace="" if expected else traceback.format_exc(),
-            )
+            report(failure(error))
             raise
         log.info("replica ready", address=edge.address, model=self._driver.model.name)
 
-    async def info(self) -> ReplicaInfo:
+    async def info(self) -> Ready:
         """What `headwise serve` prints."""
         assert self._edge is not None
-        return ReplicaInfo(self._edge.address, self._driver.model, self._driver.ranks)
+        return Ready(grpc=self._edge.address, model=self._driver.model, ranks=self._driver.ranks)
 
     async def __call__(self, request: Request) -> Response:
         """GET /health: the state of every rank. The token path is the edge's."""
@@ -136,6 +123,17 @@ def build(args: AppArgs) -> serve.Application:
     return application
 
 
+def failure(error: Exception) -> Failed:
+    """What a user is told of an error: its sentence, and a trace where it was not expected."""
+    if isinstance(error, HeadwiseError):
+        return Failed(message=str(error))
+    return Failed(message=f"{type(error).__name__}: {error}", trace=traceback.format_exc())
+
+
+def _report_progress(phase: str, done: int, total: int) -> None:
+    report(Progress(phase=phase, done=done, total=total))
+
+
 def _facts(args: AppArgs, driver: Driver) -> ServerFacts:
     return ServerFacts(
         version=version(),
@@ -151,79 +149,64 @@ def _facts(args: AppArgs, driver: Driver) -> ServerFacts:
     )
 
 
-class LocalApplication:
-    """The application on a Ray of its own, on the loopback address of this machine.
+def serve_local() -> None:
+    """The process that `deploy.local` starts: the application on a Ray of its own, loopback only.
 
-    All methods belong to one thread, which must live as long as the application: the kernel ends
-    Ray's processes together with the thread that started them.
+    The first line on stdin is a `LocalRun`; the end of stdin says that it is time to stop, be it
+    that the parent asks for it or is dead. Its words go to the start report.
     """
-
-    def __init__(self, args: AppArgs, directory: Path) -> None:
-        """`directory` takes Ray's sockets and logs; the environment of `deploy.local` is set."""
-        self._args = args
-        self._directory = directory
-
-    def start(
-        self, report: StartReport, on_event: Callable[[Event], None], stop: threading.Event
-    ) -> ReplicaInfo | None:
-        """Returns when the replica answers, or None when told to stop before that.
-
-        Raises `StartupError` with the replica's own words where there are any.
-        """
-        on_event(Progress("starting Ray", 0, 0))
+    run = LocalRun.model_validate_json(sys.stdin.readline())
+    stop = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+    try:
+        report(Progress(phase="starting Ray"))
         ray.init(
             address="local",
-            num_cpus=local_cpus(self._args.cluster, besides=REPLICA_CPUS),
+            num_cpus=local_cpus(run.args.cluster, besides=REPLICA_CPUS),
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
             log_to_driver=False,
-            logging_level="error",
             _node_ip_address="127.0.0.1",
-            _temp_dir=str(self._directory),
+            _temp_dir=run.directory,
         )
-        self._check_gpus()
-        if stop.is_set():
-            return None
-        on_event(Progress("starting Ray Serve", 0, 0))
-        quiet = {"log_level": "ERROR", "enable_access_log": False}
-        serve.start(proxy_location="Disabled", logging_config=quiet)
-        serve.run_many(
-            [RunTarget(target=build(self._args), name=APPLICATION, route_prefix=None)],
-            wait_for_ingress_deployment_creation=False,
-            wait_for_applications_running=False,
-        )
-        while not stop.wait(_POLL_SECONDS):
-            for event in report.new_events():
-                if isinstance(event, Failed):
-                    raise StartFailed(event.message, event.trace)
-                on_event(event)
-            status = serve.status().applications.get(APPLICATION)
-            if status is not None and status.status == ApplicationStatus.RUNNING:
-                handle = serve.get_app_handle(APPLICATION)
-                info: ReplicaInfo = handle.info.remote().result(timeout_s=_CALL_SECONDS)
-                return info
-            if status is not None and status.status == ApplicationStatus.DEPLOY_FAILED:
-                raise StartFailed("the replica's process ended while it started", status.message)
-        return None
+        _check_gpus(run.args.cluster)
+        report(Progress(phase="starting Ray Serve"))
+        serve.start(proxy_location="Disabled")
+        _deploy(run.args, stop)
+    except Exception as error:
+        report(failure(error))
+        raise
+    stop.wait()
+    try:
+        handle = serve.get_app_handle(APPLICATION)
+        handle.stop.remote().result(timeout_s=run.args.server.drain_timeout_s + _CALL_SECONDS)
+    finally:
+        ray.shutdown()
 
-    def stop(self) -> None:
-        """Finish what runs within the drain timeout; the caller ends Ray's processes after that."""
-        if not ray.is_initialized():
-            return
-        try:
+
+def _deploy(args: AppArgs, stop: threading.Event) -> None:
+    """Returns when the replica runs, or when told to stop; the replica reports its own failures."""
+    serve.run_many(
+        [RunTarget(target=build(args), name=APPLICATION, route_prefix=None)],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
+    while not stop.wait(_POLL_SECONDS):
+        status = serve.status().applications.get(APPLICATION)
+        if status is not None and status.status == ApplicationStatus.DEPLOY_FAILED:
+            raise RuntimeError(status.message)
+        if status is not None and status.status == ApplicationStatus.RUNNING:
             handle = serve.get_app_handle(APPLICATION)
-            handle.stop.remote().result(timeout_s=self._args.server.drain_timeout_s + _CALL_SECONDS)
-        except Exception as error:  # a replica that died has nothing left to finish
-            log.debug("no orderly end", error=str(error))
+            report(handle.info.remote().result(timeout_s=_CALL_SECONDS))
+            return
 
-    def _check_gpus(self) -> None:
-        config = self._args.cluster
-        there = int(ray.cluster_resources().get("GPU", 0))
-        if config.device == "cuda" and there < config.tensor_parallel:
-            raise StartupError(
-                f"tensor_parallel={config.tensor_parallel} on cuda needs a GPU for each rank and "
-                f"this machine has {there}: use tensor_parallel <= {there} or device cpu"
-                if there
-                else "device=cuda needs a GPU for each rank and this machine has none: use device "
-                "cpu"
-            )
+
+def _check_gpus(config: ClusterConfig) -> None:
+    there = int(ray.cluster_resources().get("GPU", 0))
+    if config.device != "cuda" or there >= config.tensor_parallel:
+        return
+    fewer = f"tensor_parallel <= {there} or " if there else ""
+    raise StartupError(
+        f"tensor_parallel={config.tensor_parallel} on cuda needs a GPU for each rank and this "
+        f"machine has {there}: use {fewer}device=cpu"
+    )

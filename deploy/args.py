@@ -40,6 +40,13 @@ class AppArgs(BaseModel):
         return sections
 
 
+class LocalRun(BaseModel):
+    """What `deploy.local` tells the process that runs Ray; `directory` takes sockets and logs."""
+
+    args: AppArgs
+    directory: str
+
+
 def flattened(data: dict[str, Any]) -> dict[str, Any]:
     """The same arguments without sections; no two fields share a name."""
     flat: dict[str, Any] = {}

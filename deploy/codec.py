@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
-from headwise.v1 import control_pb2, inference_pb2
 
 from cluster.errors import Violation
 from cluster.request import (
@@ -28,6 +27,7 @@ from cluster.request import (
     Timing,
     Usage,
 )
+from headwise.v1 import control_pb2, inference_pb2
 from shards.contract import Logprobs
 
 TokenText = Callable[[int], str]

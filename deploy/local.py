@@ -1,7 +1,7 @@
 """Runs the application on this machine: its own Ray, its own directory, nothing left behind.
 
-The main thread waits for signals; a second one starts Ray, and lives until the end because Ray's
-processes die with it.
+Ray runs in a child process and session. So a Ctrl-C does not reach Ray's processes before they were
+asked to end, this process's signal handlers stay its own, and whatever is left is one tree to end.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -19,9 +22,11 @@ from typing import Any
 
 import psutil
 
-from deploy import start_report
-from deploy.args import AppArgs
-from deploy.start_report import Event, Progress, ReplicaInfo, StartReport
+from cluster.errors import StartupError
+from deploy import start_report, telemetry
+from deploy.args import AppArgs, LocalRun
+from deploy.start_report import Failed, Progress, Ready, StartReport
+from shards.errors import HeadwiseError
 
 # Read by Ray when it is imported or started. Loopback only; no token file in the user's home; no
 # call home; ranks at normal priority, or a step waits for whatever else runs.
@@ -30,100 +35,148 @@ _RAY_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "GRPC_VERBOSITY": "NONE",
 }
-# `drain_timeout_s` on top: what an orderly end may take before processes are killed.
-_END_SECONDS = 1.5
+_POLL_SECONDS = 0.1
+# On top of `drain_timeout_s`: what an orderly end may take before processes are killed.
+_END_SECONDS = 1.2
+_CHILD = "from deploy.app import serve_local; serve_local()"
 
 
-class Local:
-    """One run of the application; for the main thread."""
+class LocalError(HeadwiseError):
+    """The application ended by itself."""
 
-    def __init__(self, args: AppArgs, on_event: Callable[[Event], None]) -> None:
+
+class LocalApplication:
+    """One run of the application. `ready` is None until it answers."""
+
+    def __init__(self, args: AppArgs) -> None:
+        self.ready: Ready | None = None
         self._args = args
-        self._on_event = on_event
         self._directory = Path(tempfile.mkdtemp(prefix="headwise-"))
-        self._before = _descendants()
         self._stop = threading.Event()
-        self._started = threading.Event()
-        self._info: ReplicaInfo | None = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="ray", daemon=True)
+        self._report = StartReport(self._directory / "start")
+        self._log = self._directory / "log"
+        self._log.touch()
+        self._logged = 0
+        self._words = self._directory / "ray"
+        environment = os.environ | _RAY_ENVIRONMENT
+        environment[start_report.VARIABLE] = str(self._report.path)
+        environment[telemetry.LOG_FILE] = str(self._log)
+        with self._words.open("w") as words:
+            self._child = subprocess.Popen(
+                [sys.executable, "-c", _CHILD],
+                stdin=subprocess.PIPE,
+                stdout=words,
+                stderr=words,
+                env=environment,
+                start_new_session=True,
+            )
+        run = LocalRun(args=args, directory=str(self._directory))
+        assert self._child.stdin is not None
+        self._child.stdin.write(run.model_dump_json().encode() + b"\n")
+        self._child.stdin.flush()
 
-    def start(self) -> ReplicaInfo | None:
-        """The replica's addresses and ranks, or None if a signal came first. Raises
-        `StartupError`."""
-        self._thread.start()
-        self._started.wait()
-        if self._error is not None:
-            raise self._error
-        return self._info
+    def start(self, on_progress: Callable[[Progress], None]) -> None:
+        """Wait until the replica answers or `stop` is called. Raises `StartupError`."""
+        while not self._stop.wait(_POLL_SECONDS):
+            ended = self._child.poll() is not None
+            for event in self._report.new_events():
+                if isinstance(event, Progress):
+                    on_progress(event)
+                elif isinstance(event, Failed):
+                    sys.stderr.write(event.trace)
+                    raise StartupError(event.message)
+                else:
+                    self.ready = event
+                    return
+            if ended:
+                sys.stderr.write(self._words.read_text(errors="replace"))
+                raise StartupError("Ray could not be started; its words are above")
 
     def wait(self) -> None:
-        """Until `stop` is called or a signal comes."""
-        self._stop.wait()
+        """Until `stop` is called; meanwhile the replica's log goes to stderr. Raises `LocalError`
+        if Ray ends by itself."""
+        while not self._stop.wait(_POLL_SECONDS):
+            self._follow_log()
+            if self._child.poll() is not None:
+                sys.stderr.write(self._words.read_text(errors="replace"))
+                raise LocalError("Ray ended unexpectedly; its words are above")
 
     def stop(self) -> None:
         """Ends the wait; safe in a signal handler."""
         self._stop.set()
-        self._started.set()
 
     def close(self) -> None:
-        """End everything, in order where there is time for it, and remove the directory."""
-        self.stop()
-        if self._info is not None:
-            self._thread.join(self._args.server.drain_timeout_s + _END_SECONDS)
-        _end(_descendants() - self._before)
+        """End everything, in order where something was running, and remove the directory."""
+        assert self._child.stdin is not None
+        tree = _Tree(self._child.pid)
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.close()
+        if self.ready is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(self._args.server.drain_timeout_s + _END_SECONDS)
+        tree.kill()
+        self._child.wait()
+        self._follow_log()
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _run(self) -> None:
-        try:
-            os.environ.update(_RAY_ENVIRONMENT)
-            report = StartReport(self._directory / "start")
-            os.environ[start_report.VARIABLE] = str(report.path)
-            self._on_event(Progress("importing Ray", 0, 0))
-            from deploy.app import LocalApplication
-
-            application = LocalApplication(self._args, self._directory)
-            self._info = application.start(report, self._on_event, self._stop)
-            self._started.set()
-            self._stop.wait()
-            if self._info is not None:
-                application.stop()
-        except BaseException as error:
-            self._error = error
-            self._started.set()
-            # Ray's processes would end with this thread, in no order; `close` ends them.
-            self._stop.wait()
+    def _follow_log(self) -> None:
+        with self._log.open(encoding="utf-8", errors="replace") as file:
+            file.seek(self._logged)
+            sys.stderr.write(file.read())
+            self._logged = file.tell()
+        sys.stderr.flush()
 
 
 @contextlib.contextmanager
 def local_application(
-    args: AppArgs, on_event: Callable[[Event], None]
-) -> Iterator[tuple[Local, ReplicaInfo | None]]:
-    """Start, with SIGINT and SIGTERM ending the run in order; None if one came during the start."""
-    local = Local(args, on_event)
+    args: AppArgs, on_progress: Callable[[Progress], None]
+) -> Iterator[LocalApplication]:
+    """The running application; `ready` is None if SIGINT or SIGTERM came during the start.
+
+    For the main thread: both signals end the run in order.
+    """
+    application = LocalApplication(args)
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
-        local.stop()
+        application.stop()
 
     handlers: dict[int, Any] = {
         number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        yield local, local.start()
+        application.start(on_progress)
+        yield application
     finally:
-        local.close()
+        application.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def _descendants() -> set[psutil.Process]:
-    return set(psutil.Process().children(recursive=True))
+class _Tree:
+    """A process and its descendants; those that lose their parent on the way are remembered."""
 
-
-def _end(processes: set[psutil.Process]) -> None:
-    for process in processes:
+    def __init__(self, pid: int) -> None:
+        self._known: set[psutil.Process] = set()
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(list(processes), timeout=2)
+            self._known = {psutil.Process(pid)}
+        self._look()
+
+    def kill(self) -> None:
+        """Until none is left; Ray starts new ones while it has not noticed."""
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline:
+            self._look()
+            for process in self._known:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            _, alive = psutil.wait_procs(list(self._known), timeout=0.2)
+            if not alive:
+                return
+
+    def _look(self) -> None:
+        for process in tuple(self._known):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._known.update(process.children(recursive=True))

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from deploy.start_report import Event, Failed
+from deploy.start_report import Progress as Event
 
 
 class StartProgress:
-    """One line per phase; a bar where it is known how much there is to do. Call it with events."""
+    """One line per phase; a bar where it is known how much there is to do. Call it with progress events."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -21,8 +21,6 @@ class StartProgress:
         self._task = progress.add_task("", total=None)
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Failed):
-            return
         self.phase(event.phase)
         self._progress.update(
             self._task, total=event.total or None, completed=min(event.done, event.total)

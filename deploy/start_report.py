@@ -1,80 +1,60 @@
-"""How a replica's start goes, told to the command that waits for it on the same machine.
+"""How a start goes, told to the command that waits for it on the same machine.
 
 Serve tells an application's starter nothing until all is up, and then a traceback if it failed. So
-`headwise serve` names a file in the environment that its replicas inherit; a replica appends one
-JSON object per line. Where the variable is not set, on a cluster, nothing is written.
+`headwise serve` names a file in the environment that its processes inherit; each appends one JSON
+object per line. Where the variable is not set, on a cluster, nothing is written.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-from cluster.errors import StartupError
+from pydantic import BaseModel, Field, TypeAdapter
+
 from cluster.request import ModelInfo, RankInfo
 
 VARIABLE = "HEADWISE_START_REPORT"
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What is being done, and how much of how much."""
+class Progress(BaseModel):
+    """What is being done, and how much of how much; 0 of 0 where that is not known."""
 
+    event: Literal["progress"] = "progress"
     phase: str
-    done: int
-    total: int
+    done: int = 0
+    total: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(BaseModel):
     """`message` is one sentence for the user; `trace` only where the error was not expected."""
 
+    event: Literal["failed"] = "failed"
     message: str
     trace: str = ""
 
 
-Event = Progress | Failed
-
-
-class StartFailed(StartupError):
-    """What a replica said when it gave up; `trace` as in `Failed`."""
-
-    def __init__(self, message: str, trace: str = "") -> None:
-        super().__init__(message)
-        self.trace = trace
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaInfo:
+class Ready(BaseModel):
     """Where a replica listens, and what it serves with which ranks."""
 
+    event: Literal["ready"] = "ready"
     grpc: str
     model: ModelInfo
     ranks: tuple[RankInfo, ...]
 
 
-class StartReporter:
-    """The replica's end."""
+Event = Progress | Failed | Ready
+_EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
 
-    def __init__(self) -> None:
-        path = os.environ.get(VARIABLE)
-        self._path = Path(path) if path else None
 
-    def progress(self, phase: str, done: int, total: int) -> None:
-        self._write(Progress(phase, done, total))
-
-    def failed(self, message: str, trace: str = "") -> None:
-        self._write(Failed(message, trace))
-
-    def _write(self, event: Event) -> None:
-        if self._path is None:
-            return
-        line = json.dumps({"event": type(event).__name__, **asdict(event)})
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+def report(event: Event) -> None:
+    """Tell the waiting command, if there is one."""
+    path = os.environ.get(VARIABLE)
+    if path:
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(event.model_dump_json() + "\n")
 
 
 class StartReport:
@@ -91,6 +71,4 @@ class StartReport:
             file.seek(self._read)
             while (line := file.readline()).endswith("\n"):
                 self._read = file.tell()
-                fields = json.loads(line)
-                kind = fields.pop("event")
-                yield Progress(**fields) if kind == "Progress" else Failed(**fields)
+                yield _EVENT.validate_json(line)

@@ -1,15 +1,20 @@
-"""Logging: structlog on stderr, readable or one JSON object per line."""
+"""Logging: structlog, readable or one JSON object per line."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import MutableMapping
+from pathlib import Path
 from typing import Any, Literal
 
 import structlog
 
 LogFormat = Literal["text", "json"]
+
+LOG_FILE = "HEADWISE_LOG_FILE"
+"""Environment variable: where to write instead of stderr."""
 
 
 def configure_logging(log_format: LogFormat = "text", level: str = "INFO") -> None:
@@ -18,6 +23,9 @@ def configure_logging(log_format: LogFormat = "text", level: str = "INFO") -> No
     Traces without local variables: those hold what users sent. Colours only on a terminal. Also
     takes what libraries write through `logging`, from WARNING up.
     """
+    path = os.environ.get(LOG_FILE)
+    # Open as long as the process lives.
+    stream = Path(path).open("a", encoding="utf-8", buffering=1) if path else sys.stderr  # noqa: SIM115
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -33,16 +41,16 @@ def configure_logging(log_format: LogFormat = "text", level: str = "INFO") -> No
     else:
         last = [
             structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+                colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback
             )
         ]
     structlog.configure(
         processors=[*shared, *last],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(stream),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, _logger_name],

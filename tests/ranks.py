@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from shards.collectives.local import ThreadGroup
-from shards.models.source import open_model
 
 from cluster.blocks import BlockPool
 from cluster.links import RankLinks
@@ -21,11 +19,13 @@ from cluster.scheduler import Scheduler
 from cluster.sequence import Sequence
 from shards import worker
 from shards.checkpoint.loader import load_shard
+from shards.collectives.local import ThreadGroup
 from shards.config import ShardConfig
 from shards.contract import Sampling, StepPlan, StepResult
 from shards.kernels import attention_kernel
 from shards.layout import make_layout
 from shards.models.decoder import Decoder
+from shards.models.source import open_model
 from shards.runner import Runner
 
 CPU = torch.device("cpu")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -17,7 +16,7 @@ from shards.errors import HeadwiseError
 
 if TYPE_CHECKING:
     from deploy.args import AppArgs
-    from deploy.start_report import ReplicaInfo
+    from deploy.start_report import Ready
 
 
 class BadConfig(HeadwiseError):
@@ -93,16 +92,16 @@ def serve(
     from deploy.preflight import check
     from deploy.progress import shown_progress
 
-    with shown_progress() as on_event:
-        on_event.phase("checking the model and the split")
+    with shown_progress() as show:
+        show.phase("checking the model and the split")
         check(args.cluster, args.server)
-        with local_application(args, on_event) as (local, info):
-            if info is None:
+        with local_application(args, show) as application:
+            if application.ready is None:
                 return
-            on_event.stop()
-            typer.echo(_as_json(info) if as_json else _as_text(info))
+            show.stop()
+            typer.echo((_as_json if as_json else _as_text)(application.ready))
             sys.stdout.flush()
-            local.wait()
+            application.wait()
 
 
 def read_args(config: Path | None, given: dict[str, Any]) -> AppArgs:
@@ -149,22 +148,14 @@ def _fault(fault: Any) -> str:
     return f"{'.'.join(path)}={fault['input']!r}: {message[:1].lower()}{message[1:]}"
 
 
-def _as_json(info: ReplicaInfo) -> str:
-    return json.dumps(
-        {
-            "event": "ready",
-            "grpc": info.grpc,
-            "pid": os.getpid(),
-            "model": dataclasses.asdict(info.model),
-            "ranks": [dataclasses.asdict(rank) for rank in info.ranks],
-        }
-    )
+def _as_json(ready: Ready) -> str:
+    return json.dumps({**ready.model_dump(mode="json"), "pid": os.getpid()})
 
 
-def _as_text(info: ReplicaInfo) -> str:
+def _as_text(ready: Ready) -> str:
     ranks = ", ".join(
         f"rank {rank.rank} heads {rank.heads[0]}-{rank.heads[1] - 1} "
         f"(KV {rank.kv_heads[0]}-{rank.kv_heads[1] - 1})"
-        for rank in info.ranks
+        for rank in ready.ranks
     )
-    return f"ready: {info.model.name} at {info.grpc} (gRPC); {ranks}"
+    return f"ready: {ready.model.name} at {ready.grpc} (gRPC); {ranks}"

@@ -11,10 +11,10 @@ from typing import Any
 import grpc
 import structlog
 from google.protobuf.message import DecodeError
-from headwise.v1.inference_pb2 import ChatRequest, GenerateRequest
 
 from cluster.errors import InvalidRequest, Unavailable, Violation
 from deploy.edge import errors
+from headwise.v1.inference_pb2 import ChatRequest, GenerateRequest
 
 log = structlog.get_logger(__name__)
 

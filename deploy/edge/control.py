@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from headwise.v1 import control_pb2, control_pb2_grpc
 
 from cluster.errors import InvalidRequest, Violation
 from cluster.request import Generator
 from deploy import codec
 from deploy.edge.intake import check_model
 from deploy.edge.text import Texts
+from headwise.v1 import control_pb2, control_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import Message
-from headwise.v1 import inference_pb2, inference_pb2_grpc
 
 from cluster.errors import InvalidRequest, Violation
 from cluster.request import FinishReason, Generator
@@ -17,6 +16,7 @@ from deploy import codec
 from deploy.edge.errors import DeadlineExceeded
 from deploy.edge.intake import Intake, check_model, take_chat, take_generate
 from deploy.edge.text import Texts
+from headwise.v1 import inference_pb2, inference_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headwise.v1 import inference_pb2
-
 from cluster.errors import InvalidRequest, Violation
 from cluster.request import ModelInfo, Request
 from cluster.validation import validate
 from deploy import codec
 from deploy.edge.errors import UnknownModel
 from deploy.edge.text import Texts
+from headwise.v1 import inference_pb2
 
 
 @dataclass(frozen=True, slots=True)

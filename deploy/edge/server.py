@@ -5,7 +5,6 @@ from __future__ import annotations
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from headwise.v1 import control_pb2_grpc, inference_pb2_grpc
 
 from cluster.config import ServerConfig
 from cluster.errors import StartupError
@@ -16,6 +15,7 @@ from deploy.edge.calls import Calls
 from deploy.edge.control import ControlService, ServerFacts
 from deploy.edge.inference import InferenceService
 from deploy.edge.text import Texts
+from headwise.v1 import control_pb2_grpc, inference_pb2_grpc
 
 _KEEPALIVE_MS = 30_000
 

@@ -40,10 +40,14 @@ def locate(model: str, revision: str | None, *, weights: bool) -> Located:
     `UnsupportedModel` for a GGUF split over several files.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
-        return _in_folder(path)
-    if path.is_file():
-        return _file(path)
+    try:
+        # An empty name would be the current folder.
+        if model and path.is_dir():
+            return _in_folder(path)
+        if path.is_file():
+            return _file(path)
+    except OSError as error:
+        raise CheckpointError(f"model {model!r} cannot be read: {error.strerror}") from error
     return Located("folder", _fetch(model, revision, weights=weights))
 
 

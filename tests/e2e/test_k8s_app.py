@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from headwise import Client, FinishReason
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(420)]
@@ -66,8 +68,8 @@ def ask(port: int, method: str, path: str, body: object = None) -> tuple[int, st
 
 
 @contextmanager
-def local_ray(cpus: int, dashboard: int) -> Iterator[Path]:
-    """A head with as many CPUs as the worker pod has, in a session of its own; yields its logs."""
+def local_ray(cpus: int, dashboard: int) -> Iterator[None]:
+    """A head with as many CPUs as the worker pod has, in a session of its own."""
     gcs, agent, runtime_env, metrics, client = free_ports(5)
     # Not pytest's folder: Ray's sockets lie below it, and their paths have to be short.
     folder = Path(tempfile.mkdtemp(prefix="hw-"))
@@ -92,24 +94,23 @@ def local_ray(cpus: int, dashboard: int) -> Iterator[Path]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
     }
     environment.pop("RAY_ADDRESS", None)
-    output = folder / "ray-start"
-    with output.open("wb") as log:
-        process = subprocess.Popen(
-            [Path(sys.executable).with_name("ray"), "start", "--head", "--block", *arguments],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("ray"), "start", "--head", "--block", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+    )
     try:
-        yield output
+        yield
     finally:
+        head = psutil.Process(process.pid)
+        family = [head, *head.children(recursive=True)]
         process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        _, alive = psutil.wait_procs(family, timeout=60)
+        for one in alive:
+            one.kill()
+        process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 

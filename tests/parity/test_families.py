@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from tests.models import save, tiny_model
 
+from tests.models import save, tiny_model
 from tests.ranks import generate, thread_ranks
 
 STEPS = 64

@@ -16,6 +16,7 @@ from google.protobuf.any_pb2 import Any as PackedAny
 from google.protobuf.message import Message
 from google.rpc import status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
+
 from headwise import AsyncClient, Client, CompletionStream, RetryPolicy
 from headwise.v1 import control_pb2_grpc, inference_pb2, inference_pb2_grpc
 

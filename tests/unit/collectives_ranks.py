@@ -17,7 +17,7 @@ from shards.collectives.gloo import Gloo
 from shards.collectives.local import ThreadGroup
 from shards.collectives.rendezvous import host_store
 from shards.collectives.segment import abort_segment, create_segment
-from shards.collectives.shared_memory import SharedMemory
+from shards.collectives.shared_memory import SharedMemory, warm_up
 
 Case = Callable[[Collective], Any]
 SLOT_BYTES = 4096  # small, so that modest tensors travel in many pieces
@@ -101,6 +101,7 @@ class Workers:
         self._workers: list[tuple[Any, Any]] = []
         self._store, self.address = host_store("127.0.0.1")
         self._epoch = 0
+        warm_up()  # into the cache, for the workers
 
     def next_epoch(self) -> int:
         self._epoch += 1
@@ -108,12 +109,16 @@ class Workers:
 
     def take(self, world: int) -> list[tuple[Any, Any]]:
         self._workers = [worker for worker in self._workers if worker[1].is_alive()]
+        started = []
         while len(self._workers) < world:
             here, there = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(there,), daemon=True)
             process.start()
             there.close()
             self._workers.append((here, process))
+            started.append(here)
+        for connection in started:
+            connection.recv()  # ready: imports would count against a group's deadline
         return self._workers[:world]
 
     def close(self) -> None:
@@ -131,6 +136,8 @@ def _receive(connection: Connection) -> Any:
 
 def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
+    warm_up()
+    connection.send("ready")
     while True:
         try:
             case, transport, epoch, address, rank, world, deadline_s = connection.recv()

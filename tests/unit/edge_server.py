@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from headwise.v1 import control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 from cluster.config import ServerConfig
 from deploy.edge.control import ServerFacts
 from deploy.edge.server import Edge
+from headwise.v1 import control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from tests.unit.fakes import FakeCodec, FakeGenerator
 
 FACTS = ServerFacts(

@@ -32,11 +32,10 @@ def encoded(dtype: str) -> npt.NDArray[np.uint8]:
         return gguf.quants.quantize(values, kind).view(np.uint8)
     except NotImplementedError:
         blocks = rng.integers(0, 256, (ROWS, COLUMNS // block, nbytes), np.uint8)
-        # The float16 scales of a block: 0 to 3 for Q4_K and Q5_K, the last two bytes for Q6_K.
-        scales = slice(-2, None) if dtype == "Q6_K" else slice(0, 4)
-        halves = (blocks.shape[2], 1) if dtype == "Q6_K" else (blocks.shape[2], 2)
-        drawn = rng.uniform(-0.1, 0.1, (*blocks.shape[:2], halves[1])).astype(np.float16)
-        blocks[..., scales] = drawn.view(np.uint8)
+        # The float16 scales: one at the end of a Q6_K block, two at the start of the others.
+        scales = blocks[..., -2:] if dtype == "Q6_K" else blocks[..., :4]
+        drawn = rng.uniform(-0.1, 0.1, (*scales.shape[:2], scales.shape[2] // 2))
+        scales[...] = drawn.astype(np.float16).view(np.uint8)
         return blocks.reshape(ROWS, -1)
 
 
@@ -104,7 +103,7 @@ def test_model_quantised_and_cut(dtype: str, tmp_path: Path) -> None:
 def test_type_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(tiny_model("llama", num_attention_heads=8, num_key_value_heads=4), path, "Q8_0")
-    # TQ1_0 has no block of 32: the type of attn_q, which follows its name and dims, becomes I8.
+    # In the header, a tensor's type follows its name, number of axes and two lengths.
     data = bytearray(path.read_bytes())
     at = data.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 2 * 8
     data[at : at + 4] = int(gguf.GGMLQuantizationType.I8).to_bytes(4, "little")

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from headwise import InvalidRequestError, RetryPolicy, TLSOptions
 from pydantic import ValidationError
 
+from headwise import InvalidRequestError, RetryPolicy, TLSOptions
 from tests.unit.client_server import CLIENTS, AnyClient, ScriptedServer, finish, says
 
 MESSAGE = {"role": "user", "content": "hi"}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
+
 from headwise import (
     ChatMessage,
     Completion,
@@ -19,7 +20,6 @@ from headwise import (
     TopToken,
 )
 from headwise.v1 import control_pb2, inference_pb2
-
 from tests.unit.client_server import (
     CLIENTS,
     FAST_RETRIES,

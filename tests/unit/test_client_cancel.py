@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
-from headwise import AsyncClient, AsyncCompletionStream, Client, RequestCancelledError, RetryPolicy
 
+from headwise import AsyncClient, AsyncCompletionStream, Client, RequestCancelledError, RetryPolicy
 from tests.unit.client_server import (
     CLIENTS,
     FAST_RETRIES,

@@ -10,6 +10,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import BadRequest, RetryInfo  # type: ignore[import-untyped]
+
 from headwise import (
     AuthenticationError,
     DeadlineExceededError,
@@ -23,7 +24,6 @@ from headwise import (
     Violation,
 )
 from headwise.v1 import control_pb2
-
 from tests.unit.client_server import (
     CLIENTS,
     FAST_RETRIES,

@@ -11,8 +11,8 @@ from typing import Any
 
 import grpc
 import pytest
-from headwise import TLSOptions, UnavailableError
 
+from headwise import TLSOptions, UnavailableError
 from tests.unit.client_server import CLIENTS, ScriptedServer, finish, says
 
 x509 = pytest.importorskip("cryptography.x509", reason="certificates are made by cryptography")

@@ -72,9 +72,10 @@ def llama3_scaling_of(divisors: Sequence[float], theta: float) -> dict[str, Any]
     The file does not state the four numbers that made them, so the known ones are tried and the
     divisors compared; raises `UnsupportedModel` where they differ by more than 0.1%.
     """
-    if not all(math.isfinite(divisor) and divisor >= 1.0 for divisor in divisors):
-        raise UnsupportedModel("tensor rope_freqs.weight holds a value below 1: no known scaling")
-    scaling = Llama3Scaling(max(divisors), _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT)
+    if not all(math.isfinite(divisor) and divisor > 0 for divisor in divisors):
+        raise UnsupportedModel("tensor rope_freqs.weight holds values that divide no frequency")
+    # The lowest frequency is divided by the factor itself; the digits are those of float32.
+    scaling = Llama3Scaling(round(max(divisors), 4), _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT)
     for i, divisor in enumerate(divisors):
         wavelength = 2 * math.pi * theta ** (i / len(divisors))
         if not math.isclose(divisor, _llama3_divisor(scaling, wavelength), rel_tol=1e-3):

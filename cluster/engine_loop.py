@@ -1,0 +1,228 @@
+"""The engine thread: plans steps, commits results, ends what is due.
+
+It owns the scheduler, the jobs and, once started, the rank group. Everybody else leaves a note in
+its inbox and wakes it. Of a request it holds prompt, generated tokens, parameters and seed, which
+is all that is needed to compute it again; no tensor, no text.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import structlog
+
+from cluster.errors import Unavailable
+from cluster.jobs import Job, Sample
+from cluster.rank_group import RankGroup, RanksLost
+from cluster.request import FinishReason
+from cluster.scheduler import Scheduler
+from cluster.sequence import Sequence
+from shards.contract import StepResult
+
+log = structlog.get_logger(__name__)
+
+STOPPING = "the server is stopping"
+# Plans that are sent before the oldest one's result is back: the ranks never wait for the driver.
+_PIPELINE = 2
+# The ranks' own deadline is shorter than this thread's, so that they can say who is missing.
+_STEP_GRACE_S = 5.0
+
+
+class EngineLoop:
+    """Runs jobs on a rank group until `stop`, or until the group is lost.
+
+    Methods of the first half are for any thread, and none of them blocks but `stop`; `on_end` is
+    told the id of every job that has ended, `on_lost` why the group is gone.
+    """
+
+    def __init__(
+        self,
+        group: RankGroup,
+        scheduler: Scheduler,
+        *,
+        step_timeout_s: float,
+        on_end: Callable[[str], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self.steps = 0
+        self.generated_tokens = 0
+        self.seconds_between_ends = 0.0  # a running mean
+        self._group = group
+        self._scheduler = scheduler
+        self._step_timeout_s = step_timeout_s
+        self._on_end = on_end
+        self._on_lost = on_lost
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._stopping = False
+        self._closing = threading.Lock()
+        self._lost: str | None = None
+        self._jobs: dict[str, Job] = {}
+        self._samples: dict[Sequence, Sample] = {}
+        self._unstarted: list[Sample] = []
+        self._deadlines: list[tuple[float, str]] = []
+        self._sent: deque[float] = deque()
+        self._last_end: float | None = None
+        self._thread = threading.Thread(target=self._run, name="headwise-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End every job, the thread and the group. Idempotent."""
+        self._stopping = True
+        self._group.wake()
+        self._thread.join()
+
+    def begin(self, job: Job) -> None:
+        """Admit a job; one that comes too late ends at once, with the cause."""
+        with self._closing:
+            if self._lost is None:
+                self._post(lambda: self._begin(job))
+                return
+        job.stream.end(Unavailable(self._lost))
+
+    def end_job(self, request_id: str, reason: FinishReason) -> None:
+        """End all samples of a job; its stream is told."""
+        self._post(lambda: self._end_job(request_id, reason))
+
+    def finish_sample(self, request_id: str, index: int) -> None:
+        """End one sample, of which its reader has seen enough."""
+        self._post(lambda: self._finish_sample(request_id, index))
+
+    def drop_job(self, request_id: str) -> None:
+        """End a job that nobody reads any more."""
+        self._post(lambda: self._drop_job(request_id))
+
+    def _post(self, note: Callable[[], None]) -> None:
+        self._inbox.append(note)
+        self._group.wake()
+
+    # The engine thread's own.
+
+    def _run(self) -> None:
+        cause = STOPPING
+        try:
+            while not self._stopping:
+                self._work_through_inbox()
+                self._expire(time.monotonic())
+                self._send_plans()
+                for result in self._group.poll(self._patience()):
+                    self._commit(result)
+                if self._overdue():
+                    raise self._group.stuck(self._step_timeout_s)
+        except RanksLost as lost:
+            cause = str(lost)
+            log.error("shard group lost", cause=cause, rank=lost.rank)
+        except Exception as error:
+            cause = f"the driver failed: {error}"
+            log.exception("driver failed")
+        self._on_lost(cause)
+        with self._closing:
+            self._lost = cause
+        self._work_through_inbox()
+        for job in self._jobs.values():
+            job.stream.end(Unavailable(cause))
+        self._group.stop()
+
+    def _work_through_inbox(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _send_plans(self) -> None:
+        while len(self._sent) < _PIPELINE:
+            plan = self._scheduler.plan(self.steps + 1, self._group.epoch)
+            if plan is None:
+                return
+            self.steps += 1
+            self._group.send(plan)
+            now = time.monotonic()
+            self._sent.append(now)
+            if plan.start:
+                self._unstarted = [s for s in self._unstarted if not s.note_start(now)]
+
+    def _commit(self, result: StepResult) -> None:
+        self._sent.popleft()
+        if self._sent:
+            self._sent[0] = time.monotonic()  # the next one's turn begins only now
+        for found in result.prompt_logprobs:
+            owner = self._scheduler.owner(result, found.slot)
+            if owner is not None:
+                self._samples[owner].take_prompt(found)
+        now = time.monotonic()
+        for sequence, sampled in self._scheduler.commit(result):
+            self.generated_tokens += 1
+            sample = self._samples[sequence]
+            sample.job.stream.push(sample.take(sampled, now))
+            if not sample.open:
+                self._retire(sample, now)
+
+    def _patience(self) -> float | None:
+        """Seconds to wait for results before something else is due."""
+        due = [self._sent[0] + self._step_limit()] if self._sent else []
+        if self._deadlines:
+            due.append(self._deadlines[0][0])
+        if self._inbox:
+            return 0
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    def _step_limit(self) -> float:
+        return self._step_timeout_s + _STEP_GRACE_S
+
+    def _overdue(self) -> bool:
+        return bool(self._sent) and time.monotonic() - self._sent[0] >= self._step_limit()
+
+    def _begin(self, job: Job) -> None:
+        self._jobs[job.request.id] = job
+        if job.request.deadline is not None:
+            heapq.heappush(self._deadlines, (job.request.deadline, job.request.id))
+        for sample in job.samples:
+            self._samples[sample.sequence] = sample
+            self._unstarted.append(sample)
+            self._scheduler.add(sample.sequence)
+
+    def _expire(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id = heapq.heappop(self._deadlines)
+            job = self._jobs.get(request_id)
+            # The id may meanwhile name another request, which has a deadline of its own.
+            if job is not None and (job.request.deadline or math.inf) <= now:
+                self._end_job(request_id, FinishReason.DEADLINE)
+
+    def _end_job(self, request_id: str, reason: FinishReason) -> None:
+        job = self._jobs.get(request_id)
+        if job is None:
+            return
+        now = time.monotonic()
+        for sample in job.open_samples:
+            job.stream.push(sample.end(reason, now))
+            self._retire(sample, now)
+
+    def _finish_sample(self, request_id: str, index: int) -> None:
+        job = self._jobs.get(request_id)
+        if job is not None and job.samples[index].open:
+            job.samples[index].open = False
+            self._retire(job.samples[index], time.monotonic())
+
+    def _drop_job(self, request_id: str) -> None:
+        job = self._jobs.get(request_id)
+        if job is not None:
+            for sample in job.open_samples:
+                self._finish_sample(request_id, sample.index)
+
+    def _retire(self, sample: Sample, now: float) -> None:
+        """Forget a sample that has ended, and its job with the last one."""
+        self._scheduler.remove(sample.sequence)
+        del self._samples[sample.sequence]
+        gap = 0.0 if self._last_end is None else now - self._last_end
+        self.seconds_between_ends += 0.2 * (gap - self.seconds_between_ends)
+        self._last_end = now
+        job = sample.job
+        if not job.open_samples:
+            del self._jobs[job.request.id]
+            job.stream.end()
+            self._on_end(job.request.id)
