@@ -88,7 +88,7 @@ def main() -> None:
         reduction.send_handle(here, segment, process.pid)
         connections.append(here)
     os.close(segment)
-    times = connections[0].recv()
+    times, *_ = [connection.recv() for connection in connections]
 
     rows = []
     for size in SIZES:

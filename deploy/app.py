@@ -9,6 +9,7 @@ tokens travel through each replica's own gRPC server. The one module of `deploy`
 import asyncio
 import dataclasses
 import importlib.metadata
+import os
 import sys
 import threading
 import time
@@ -157,7 +158,7 @@ def serve_local() -> None:
     """
     run = LocalRun.model_validate_json(sys.stdin.readline())
     stop = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+    threading.Thread(target=_await_end, args=(stop,), daemon=True).start()
     try:
         report(Progress(phase="starting Ray"))
         ray.init(
@@ -181,7 +182,14 @@ def serve_local() -> None:
         handle = serve.get_app_handle(APPLICATION)
         handle.stop.remote().result(timeout_s=run.args.server.drain_timeout_s + _CALL_SECONDS)
     finally:
-        ray.shutdown()
+        # Ray takes seconds to shut down, and its processes have nothing left to keep: the kernel
+        # ends them with this one, and the parent sees to the rest.
+        os._exit(0)
+
+
+def _await_end(stop: threading.Event) -> None:
+    sys.stdin.read()
+    stop.set()
 
 
 def _deploy(args: AppArgs, stop: threading.Event) -> None:

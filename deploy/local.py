@@ -41,6 +41,7 @@ _RAY_ENVIRONMENT = {
 _POLL_SECONDS = 0.1
 # On top of `drain_timeout_s`: what an orderly end may take before processes are killed.
 _END_SECONDS = 1.2
+_KILL_SECONDS = 2
 _CHILD = "from deploy.app import serve_local; serve_local()"
 
 
@@ -49,13 +50,13 @@ class LocalError(HeadwiseError):
 
 
 class LocalApplication:
-    """One run of the application. `ready` is None until it answers."""
+    """One run of the application, until the event `stop`. `ready` is None until it answers."""
 
-    def __init__(self, args: AppArgs) -> None:
+    def __init__(self, args: AppArgs, stop: threading.Event) -> None:
         self.ready: Ready | None = None
         self._args = args
         self._directory = Path(tempfile.mkdtemp(prefix="headwise-"))
-        self._stop = threading.Event()
+        self._stop = stop
         self._report = StartReport(self._directory / "start")
         self._log = self._directory / "log"
         self._log.touch()
@@ -79,7 +80,7 @@ class LocalApplication:
         self._child.stdin.flush()
 
     def start(self, on_progress: Callable[[Progress], None]) -> None:
-        """Wait until the replica answers or `stop` is called. Raises `StartupError`."""
+        """Wait until the replica answers or `stop` is set. Raises `StartupError`."""
         while not self._stop.wait(_POLL_SECONDS):
             ended = self._child.poll() is not None
             for event in self._report.new_events():
@@ -96,17 +97,13 @@ class LocalApplication:
                 raise StartupError("Ray could not be started; its words are above")
 
     def wait(self) -> None:
-        """Until `stop` is called; meanwhile the replica's log goes to stderr. Raises `LocalError`
+        """Until `stop` is set; meanwhile the replica's log goes to stderr. Raises `LocalError`
         if Ray ends by itself."""
         while not self._stop.wait(_POLL_SECONDS):
             self._follow_log()
             if self._child.poll() is not None:
                 sys.stderr.write(self._words.read_text(errors="replace"))
                 raise LocalError("Ray ended unexpectedly; its words are above")
-
-    def stop(self) -> None:
-        """Ends the wait; safe in a signal handler."""
-        self._stop.set()
 
     def close(self) -> None:
         """End everything, in order where something was running, and remove the directory."""
@@ -138,19 +135,22 @@ def local_application(
 
     For the main thread: both signals end the run in order.
     """
-    application = LocalApplication(args)
+    stop = threading.Event()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
-        application.stop()
+        stop.set()
 
     handlers: dict[int, Any] = {
         number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        application.start(on_progress)
-        yield application
+        application = LocalApplication(args, stop)
+        try:
+            application.start(on_progress)
+            yield application
+        finally:
+            application.close()
     finally:
-        application.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -166,17 +166,25 @@ class _Tree:
 
     def kill(self) -> None:
         """Until none is left; Ray starts new ones while it has not noticed."""
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + _KILL_SECONDS
         while time.monotonic() < deadline:
             self._look()
-            for process in self._known:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            _, alive = psutil.wait_procs(list(self._known), timeout=0.2)
+            alive = [process for process in self._known if _is_alive(process)]
             if not alive:
                 return
+            for process in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            time.sleep(_KILL_SECONDS / 100)
 
     def _look(self) -> None:
         for process in tuple(self._known):
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._known.update(process.children(recursive=True))
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    # A zombie is dead, and for whoever adopted it to bury.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False

@@ -13,7 +13,7 @@ from deploy.start_report import Progress as Event
 
 
 class StartProgress:
-    """One line per phase; a bar where it is known how much there is to do. Call it with progress events."""
+    """One line per phase; a bar where it is known how much there is to do. Called with events."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress

@@ -42,6 +42,7 @@ class Gloo(ProcessGroup):
     """
 
     device_type = "cpu"
+    _under_way: Any = None  # what the rank waits for
 
     def all_reduce(self, x_TD: torch.Tensor) -> torch.Tensor:
         check_sum(x_TD)
@@ -83,10 +84,12 @@ class Gloo(ProcessGroup):
 
     def _complete(self, work: Any) -> None:
         expiry = time.monotonic() + self._deadline_s
+        self._under_way = work
         while True:
             over = work.is_completed()  # then an error is the work's, not the end of a slice
             try:
                 work.wait(_SLICE)
+                self._under_way = None
                 return
             except RuntimeError as error:
                 late = time.monotonic() >= expiry
@@ -97,10 +100,16 @@ class Gloo(ProcessGroup):
                 self._fail(why)
 
     def _leave(self) -> None:
-        # The group's destructor waits for what is still under way, up to the deadline.
-        holder = [self._group]
-        self._group = None
-        threading.Thread(target=holder.clear, name="gloo-leave", daemon=True).start()
+        group, self._group = self._group, None
+        if self._under_way is not None:
+            waiting = (group, self._under_way)
+            threading.Thread(target=_outlive, args=waiting, name="gloo-leave", daemon=True).start()
+
+
+def _outlive(group: Any, work: Any) -> None:
+    """Hold a group until its last call is over, for its destructor would block until then."""
+    while not work.is_completed():
+        time.sleep(0.1)
 
 
 @contextmanager

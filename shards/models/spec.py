@@ -64,7 +64,7 @@ class Rotary:
 
 @dataclass(frozen=True, slots=True)
 class LearnedPositions:
-    """A table of `rows` absolute positions added to the token embedding; row = position + offset."""
+    """`rows` absolute positions, added to the token embedding; row = position + offset."""
 
     rows: int
     offset: int = 0

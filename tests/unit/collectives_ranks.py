@@ -121,10 +121,12 @@ class Workers:
             connection.recv()  # ready: imports would count against a group's deadline
         return self._workers[:world]
 
-    def close(self) -> None:
+    def close(self) -> list[int]:
+        """Exit codes of those that were not killed."""
         for connection, process in self._workers:
             connection.close()
             process.join()
+        return [process.exitcode for _, process in self._workers]
 
 
 def _receive(connection: Connection) -> Any:

@@ -98,13 +98,9 @@ def test_file_of_another_kind(tmp_path: Path) -> None:
         open_model(str(path))
 
 
-@pytest.mark.parametrize(
-    "model", ["./absent", "/absent/model", "a/b/c", "", "what is this", "x/" * 5000]
-)
+@pytest.mark.parametrize("model", ["./absent", "/absent/model", "a/b/c", "", "what is this"])
 def test_no_such_path(model: str) -> None:
-    with pytest.raises(
-        CheckpointError, match="not found: no such path, and not of the form"
-    ):
+    with pytest.raises(CheckpointError, match="not found: no such path, and not of the form"):
         open_model(model)
 
 

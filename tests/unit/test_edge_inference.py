@@ -68,9 +68,7 @@ async def test_unset_fields_take_defaults_and_set_ones_arrive(edge: RunningEdge)
     )
 
     plain, full = edge.generator.requests
-    assert plain == Request(
-        plain.id, plain.prompt, plain.sampling, plain.stopping, deadline=None
-    )
+    assert plain == Request(plain.id, plain.prompt, plain.sampling, plain.stopping, deadline=None)
     assert (plain.sampling.temperature, plain.sampling.top_p, plain.sampling.seed) == (1, 1, None)
     # The decimal that was written, not its float32 neighbour 0.699999988.
     assert (full.sampling.temperature, full.sampling.top_p) == (0.7, 0.9)

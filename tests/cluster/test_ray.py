@@ -1,0 +1,97 @@
+"""Shards as Ray actors on two nodes: real processes, killed for real."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster import ClusterConfig, Engine, StartupError
+from cluster.ray_environment import prepare_local_ray
+from tests.cluster.faults import kill_rank_1_in_mid_stream
+from tests.models import save, tiny_model
+from tests.ranks import ThreadLauncher
+
+PROMPTS = [[1, 2, 3], [4], [5] * 30]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    save(tiny_model("llama", num_attention_heads=9, num_key_value_heads=3), path)
+    return path
+
+
+def config(model_dir: Path, **options: object) -> ClusterConfig:
+    return ClusterConfig.model_validate(
+        {
+            "model": str(model_dir),
+            "tensor_parallel": 2,
+            "kv_memory": 1 << 20,
+            "step_timeout_s": 20,
+            **options,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir: Path) -> list[tuple[int, ...]]:
+    one = config(model_dir, tensor_parallel=1)
+    with Engine(one, launcher=ThreadLauncher(1)) as engine:
+        return tokens(engine)
+
+
+def tokens(engine: Engine) -> list[tuple[int, ...]]:
+    generations = engine.generate(PROMPTS, max_tokens=16, temperature=0, progress=False)
+    return [generation.token_ids for generation in generations]
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[None]:
+    """A Ray of two nodes with one CPU each, on this machine."""
+    prepare_local_ray()
+    import ray
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 80 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        cluster.add_node(**node)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_two_nodes_speak_over_sockets(
+    two_nodes: None, model_dir: Path, expected: list[tuple[int, ...]]
+) -> None:
+    with Engine(config(model_dir, placement="STRICT_SPREAD")) as engine:
+        assert engine.driver.collective == "gloo"
+        assert tokens(engine) == expected
+
+
+def test_what_no_node_can_hold_is_refused(two_nodes: None, model_dir: Path) -> None:
+    with pytest.raises(StartupError, match="3 ranks need 3 CPUs and the Ray cluster has 2"):
+        Engine(config(model_dir, tensor_parallel=3)).start()
+
+
+def test_shared_memory_is_refused_across_nodes(two_nodes: None, model_dir: Path) -> None:
+    spread = config(model_dir, placement="STRICT_SPREAD", collective="shared_memory")
+    with pytest.raises(Exception, match="one host"):
+        Engine(spread).start()
+
+
+def test_a_killed_rank_ends_streams_with_its_name(
+    two_nodes: None, model_dir: Path, expected: list[tuple[int, ...]]
+) -> None:
+    """Over gloo, whose survivor has no abort word: the broken connection tells it."""
+    engine = Engine(config(model_dir, placement="STRICT_SPREAD")).start()
+    try:
+        kill_rank_1_in_mid_stream(engine)
+    finally:
+        engine.stop()
+    with Engine(config(model_dir, placement="STRICT_SPREAD")) as engine:
+        assert tokens(engine) == expected  # nothing of the dead group is in the way
