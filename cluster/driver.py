@@ -74,6 +74,13 @@ class Driver:
     def ranks(self) -> tuple[RankInfo, ...]:
         return self._ranks
 
+    @property
+    def loop(self) -> EngineLoop:
+        """The running engine, for its counters; there is none before `start`."""
+        if self._loop is None:
+            raise Unavailable(self._whole.cause)
+        return self._loop
+
     def start(self, launcher: Launcher, on_progress: OnProgress | None = None) -> None:
         """Bring up the ranks through `launcher` and begin to serve.
 

@@ -22,7 +22,8 @@ from cluster.rank_group import RankGroup, RanksLost
 from cluster.request import FinishReason
 from cluster.scheduler import Scheduler
 from cluster.sequence import Sequence
-from shards.contract import StepResult
+from shards.contract import PhaseSeconds, StepResult
+from shards.timing import add
 
 log = structlog.get_logger(__name__)
 
@@ -51,6 +52,7 @@ class EngineLoop:
     ) -> None:
         self.steps = 0
         self.generated_tokens = 0
+        self.seconds = PhaseSeconds()  # rank 0's, summed over all steps
         self.seconds_between_ends = 0.0  # a running mean
         self._group = group
         self._scheduler = scheduler
@@ -147,6 +149,7 @@ class EngineLoop:
 
     def _commit(self, result: StepResult) -> None:
         self._sent.popleft()
+        self.seconds = add(self.seconds, result.seconds)
         if self._sent:
             self._sent[0] = time.monotonic()  # the next one's turn begins only now
         for found in result.prompt_logprobs:

@@ -61,6 +61,7 @@ class LocalApplication:
         self._log = self._directory / "log"
         self._log.touch()
         self._logged = 0
+        self._following = False
         self._words = self._directory / "ray"
         environment = os.environ | _RAY_ENVIRONMENT
         environment[start_report.VARIABLE] = str(self._report.path)
@@ -99,6 +100,7 @@ class LocalApplication:
     def wait(self) -> None:
         """Until `stop` is set; meanwhile the replica's log goes to stderr. Raises `LocalError`
         if Ray ends by itself."""
+        self._following = True
         while not self._stop.wait(_POLL_SECONDS):
             self._follow_log()
             if self._child.poll() is not None:
@@ -116,7 +118,8 @@ class LocalApplication:
                 self._child.wait(self._args.server.drain_timeout_s + _END_SECONDS)
         tree.kill()
         self._child.wait()
-        self._follow_log()
+        if self._following:
+            self._follow_log()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _follow_log(self) -> None:

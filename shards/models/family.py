@@ -51,8 +51,8 @@ class Family:
     """One row of the registry.
 
     `architectures`: the `architectures` entries of a config.json that it serves.
-    `spec`: config fields (with `transformers`' defaults filled in) -> ModelSpec; raises
-    `UnsupportedModel` for an option that the decoder has no part for.
+    `spec`: config fields -> ModelSpec, filling in `transformers`' defaults for those that are not
+    there; raises `UnsupportedModel` for an option that the decoder has no part for.
     `sources`: parameter name -> Source, for every name in `parameters(spec)`.
     `prefix`: a module prefix that some checkpoints carry and others do not ("transformer.").
     `ignored`: regular expressions (full match) of checkpoint tensors that hold no weights.

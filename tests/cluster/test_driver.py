@@ -75,7 +75,7 @@ def idle(driver: Driver) -> None:
     deadline = time.monotonic() + 10
     while (load := driver.load()).running or load.waiting:
         done = threading.Event()
-        driver._loop._post(done.set)  # type: ignore[union-attr]
+        driver.loop._post(done.set)
         assert done.wait(5)
         assert time.monotonic() < deadline, f"still busy: {load}"
 
