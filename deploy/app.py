@@ -59,22 +59,24 @@ class Replica:
         retire an old replica before its successor can answer."""
         configure_logging(args.log_format)
         self._drain_timeout_s = args.server.drain_timeout_s
+        self._driver: Driver | None = None
         self._edge: Edge | None = None
         try:
-            self._driver = Driver(await asyncio.to_thread(draw_up, args.cluster))
+            driver = self._driver = Driver(await asyncio.to_thread(draw_up, args.cluster))
             group = ray.util.get_current_placement_group()
             launcher = RayLauncher(args.cluster, group, first_bundle=1)
-            await asyncio.to_thread(self._driver.start, launcher, _report_progress)
-            edge = Edge(self._driver, self._driver.codec, args.server, _facts(args, self._driver))
+            await asyncio.to_thread(driver.start, launcher, _report_progress)
+            edge = Edge(driver, driver.codec, args.server, _facts(args, driver))
             await edge.start()
             self._edge = edge
         except Exception as error:
             report(failure(error))
             raise
-        log.info("replica ready", address=edge.address, model=self._driver.model.name)
+        log.info("replica ready", address=edge.address, model=driver.model.name)
 
     async def info(self) -> Ready:
         """What `headwise serve` prints."""
+        assert self._driver is not None
         assert self._edge is not None
         return Ready(grpc=self._edge.address, model=self._driver.model, ranks=self._driver.ranks)
 
@@ -82,6 +84,7 @@ class Replica:
         """GET /health: the state of every rank. The token path is the edge's."""
         if request.url.path.rstrip("/").rpartition("/")[2] != "health":
             return JSONResponse({"error": "only /health is served here"}, status_code=404)
+        assert self._driver is not None
         health = self._driver.health()
         body = dataclasses.asdict(health)
         body["state"] = health.state.value
@@ -92,6 +95,7 @@ class Replica:
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises here again and again."""
+        assert self._driver is not None
         health = self._driver.health()
         if health.state is HealthState.NOT_READY:
             raise RuntimeError(health.cause)
@@ -101,7 +105,8 @@ class Replica:
         edge, self._edge = self._edge, None
         if edge is not None:
             await edge.stop(self._drain_timeout_s)
-        await asyncio.to_thread(self._driver.stop)
+        if self._driver is not None:
+            await asyncio.to_thread(self._driver.stop)
 
     async def __del__(self) -> None:
         """What Serve calls when it retires a replica."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from shards.errors import NotEnoughMemory
@@ -41,7 +43,7 @@ def allocate(
     try:
         for layer, split in zip(spec.layers, layout.layers, strict=True):
             shape = (blocks, len(split.kv_heads[rank]), block_size, layer.attention.head_dim)
-            keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+            keys, values = (_zeros(shape, dtype, device) for _ in range(2))
             caches.append(LayerCache(keys, values))
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         raise NotEnoughMemory(
@@ -49,3 +51,12 @@ def allocate(
             f"({error}); give a smaller --kv-memory"
         ) from error
     return tuple(caches)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On the host, memory that the kernel hands out page by page as blocks are first written:
+    `torch.zeros` would write all of it."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    elements = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(elements).view(dtype).view(shape)

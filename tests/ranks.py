@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
@@ -148,6 +149,7 @@ class ThreadLauncher:
 
     def launch(self, shards: Many[ShardConfig], links: RankLinks) -> None:
         for shard in shards:
+            shard = pickle.loads(pickle.dumps(shard))  # as it would reach another process
             thread = threading.Thread(
                 target=self._run, args=(shard, links), name=f"rank-{shard.rank}", daemon=True
             )

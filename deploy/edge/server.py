@@ -18,6 +18,7 @@ from deploy.edge.text import Texts
 from headwise.v1 import control_pb2_grpc, inference_pb2_grpc
 
 _KEEPALIVE_MS = 30_000
+_LAST_WORDS_SECONDS = 0.5
 
 
 class Edge:
@@ -89,7 +90,8 @@ class Edge:
         try:
             await self._calls.drain(drain_timeout_s)
         finally:
-            await self._server.stop(grace=0)
+            # For health watchers, who are still being told.
+            await self._server.stop(grace=_LAST_WORDS_SECONDS)
             self._texts.close()
 
 
