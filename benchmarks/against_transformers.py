@@ -129,7 +129,7 @@ def main(
             contenders[name] = Headwise(stack.enter_context(Engine(config)))
             start_seconds[name] = time.perf_counter() - began
         runs: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-        for name, contender in contenders.items():
+        for contender in contenders.values():
             contender.run(prompt, 4)  # warm
         for shift in range(rounds):
             for name, contender in contenders.items():

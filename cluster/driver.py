@@ -8,7 +8,8 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from cluster.blocks import BlockPool
 from cluster.blueprint import Blueprint
@@ -91,6 +92,9 @@ class Driver:
                 codec = pool.submit(self._load_codec)
                 group = self._form_group(launcher, on_progress)
                 self.codec = codec.result()
+            if self.codec is not None:
+                both = (*self._model.eos_token_ids, *self.codec.eos_token_ids)
+                self._model = replace(self._model, eos_token_ids=tuple(dict.fromkeys(both)))
         except BaseException as error:
             self._lose(str(error) or type(error).__name__)
             if self._group is None:
@@ -229,7 +233,12 @@ class Driver:
             self._whole = _Whole(HealthState.NOT_READY, cause, time.time())
 
     def _load_codec(self) -> TextCodec | None:
-        source = self.blueprint.source
+        source, config = self.blueprint.source, self.blueprint.config
+        if config.tokenizer is not None:
+            other = Path(config.tokenizer)
+            if other.suffix == ".gguf":
+                return TextCodec.load(str(other.parent), other.name)
+            return TextCodec.load(config.tokenizer, revision=config.revision)
         if source.tokenizer_path is None:
             return None
         return TextCodec.load(source.tokenizer_path, source.tokenizer_gguf)

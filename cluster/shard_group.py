@@ -29,35 +29,41 @@ from shards.config import ShardConfig
 
 _PLACEMENT_TIMEOUT_S = 30.0
 _KILL_TIMEOUT_S = 1.0
+# Nothing of ours goes through Ray's object store; this is close to Ray's minimum.
+_OBJECT_STORE_BYTES = 100 << 20
 
 
 class LocalRay:
     """A Ray of this process's own, on loopback, gone without a trace at `stop`.
 
-    Does nothing where the process is connected to a Ray already. `prepare_local_ray` comes before
-    this module is imported.
+    `directory` takes Ray's sockets and logs, and is then the caller's to remove. Does nothing where
+    the process is connected to a Ray already. `prepare_local_ray` comes before importing this.
     """
 
-    def __init__(self, cpus: int) -> None:
-        self._directory: str | None = None
-        if ray.is_initialized():
+    def __init__(self, cpus: int, directory: str | None = None) -> None:
+        self._own_directory: str | None = None
+        self._started = not ray.is_initialized()
+        if not self._started:
             return
-        self._directory = tempfile.mkdtemp(prefix="hw-")  # short: unix socket paths are limited
+        if directory is None:  # short: the paths of unix sockets are limited
+            directory = self._own_directory = tempfile.mkdtemp(prefix="hw-")
         ray.init(
             address="local",
             num_cpus=cpus,
             include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
             log_to_driver=False,
             logging_level="warning",
             _node_ip_address="127.0.0.1",
-            _temp_dir=self._directory,
+            _temp_dir=directory,
         )
 
     def stop(self) -> None:
-        if self._directory is not None:
+        if self._started:
             ray.shutdown()
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = None
+            self._started = False
+        if self._own_directory is not None:
+            shutil.rmtree(self._own_directory, ignore_errors=True)
 
 
 def bundles(config: ClusterConfig) -> list[dict[str, float]]:

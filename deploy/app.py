@@ -28,7 +28,7 @@ from cluster.config import ClusterConfig
 from cluster.driver import Driver
 from cluster.errors import StartupError
 from cluster.request import HealthState
-from cluster.shard_group import RayLauncher, bundles, local_cpus
+from cluster.shard_group import LocalRay, RayLauncher, bundles, local_cpus
 from deploy.args import AppArgs, LocalRun
 from deploy.edge.control import ServerFacts
 from deploy.edge.server import Edge
@@ -41,8 +41,6 @@ APPLICATION = "headwise"
 
 # The edge's and the driver's own share of a machine, besides their ranks'.
 REPLICA_CPUS = 1
-# The application keeps nothing in Ray's object store; this is close to Ray's minimum.
-_OBJECT_STORE_BYTES = 100 << 20
 _POLL_SECONDS = 0.1
 _CALL_SECONDS = 5
 # Serve kills a replica that takes longer to end than its drain and this.
@@ -166,15 +164,7 @@ def serve_local() -> None:
     threading.Thread(target=_await_end, args=(stop,), daemon=True).start()
     try:
         report(Progress(phase="starting Ray"))
-        ray.init(
-            address="local",
-            num_cpus=local_cpus(run.args.cluster, besides=REPLICA_CPUS),
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=run.directory,
-        )
+        LocalRay(local_cpus(run.args.cluster, besides=REPLICA_CPUS), run.directory)
         _check_gpus(run.args.cluster)
         report(Progress(phase="starting Ray Serve"))
         serve.start(proxy_location="Disabled")

@@ -23,21 +23,12 @@ from typing import Any
 import psutil
 
 from cluster.errors import StartupError
+from cluster.ray_environment import LOCAL_RAY
 from deploy import start_report, telemetry
 from deploy.args import AppArgs, LocalRun
 from deploy.start_report import Failed, Progress, Ready, StartReport
 from shards.errors import HeadwiseError
 
-# Read by Ray when it is imported or started. Loopback only; no token file in the user's home; no
-# call home; ranks at normal priority, or a step waits for whatever else runs.
-_RAY_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "GRPC_VERBOSITY": "NONE",
-}
 _POLL_SECONDS = 0.1
 # On top of `drain_timeout_s`: what an orderly end may take before processes are killed.
 _END_SECONDS = 1.2
@@ -63,7 +54,7 @@ class LocalApplication:
         self._logged = 0
         self._following = False
         self._words = self._directory / "ray"
-        environment = os.environ | _RAY_ENVIRONMENT
+        environment = os.environ | LOCAL_RAY
         environment[start_report.VARIABLE] = str(self._report.path)
         environment[telemetry.LOG_FILE] = str(self._log)
         with self._words.open("w") as words:

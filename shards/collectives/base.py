@@ -13,8 +13,8 @@ class Collective(Protocol):
 
     Every call has the group's deadline. It raises `CollectiveTimeout` (naming the rank that did not
     arrive, where the transport knows), or `CollectiveAborted` after `abort()`; after either the
-    group is spent. Results are bitwise equal on every rank: ranks are summed in rank order, except by
-    nccl, which sums in an order of its own and whose failures may surface at a later call.
+    group is spent. Results are bitwise equal on every rank: ranks are summed in rank order, except
+    by nccl, which sums in an order of its own and whose failures may surface at a later call.
     """
 
     rank: int

@@ -30,10 +30,10 @@ _GGUF_EMBEDDING = "token_embd.weight"
 class ModelSource:
     """Everything a rank needs to load its slice; small, immutable and picklable.
 
-    `name` is what the user called it, `path` the folder or GGUF file. `eos_token_ids` end a
-    generation; empty where the checkpoint names none. Where `tokenizer_path` (a folder) is not
-    None, `AutoTokenizer.from_pretrained(tokenizer_path, gguf_file=tokenizer_gguf)` reads the
-    tokenizer; `tokenizer_gguf` is a file name in that folder.
+    `name` is the last part of its path, or its hub id; `path` the folder or GGUF file.
+    `eos_token_ids` end a generation; empty where the checkpoint names none. The tokenizer is what
+    `AutoTokenizer.from_pretrained(tokenizer_path, gguf_file=tokenizer_gguf)` reads: a folder, and
+    a file name in it for GGUF; None where there is none.
     """
 
     name: str
@@ -53,9 +53,10 @@ def open_model(model: str, revision: str | None = None) -> ModelSource:
     Raises `CheckpointError` (not found, corrupt, truncated, wrong tensors) or `UnsupportedModel`.
     """
     located = locate(model, revision, weights=True)
+    name = located.path.resolve().name if Path(model).exists() else model
     if located.kind == "gguf":
-        return _open_gguf(model, located.path)
-    return _open_folder(model, located.path)
+        return _open_gguf(name, located.path)
+    return _open_folder(name, located.path)
 
 
 def load_spec(model: str, revision: str | None = None) -> ModelSpec:
