@@ -42,6 +42,7 @@ class ClusterConfig(BaseModel):
     max_context: Annotated[int, Field(ge=2)] | None = None
     kv_memory: ByteSize | None = None
     block_size: Literal[8, 16, 32, 64, 128] = 16
+    prefix_caching: bool = True
     max_sequences: Annotated[int, Field(ge=1, le=4096)] = 32
     max_step_tokens: Annotated[int, Field(ge=1)] = 512
     max_queued_requests: Annotated[int, Field(ge=0)] = 256

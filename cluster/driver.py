@@ -103,7 +103,7 @@ class Driver:
                 self._group.stop(0)
             raise
         config = self.blueprint.config
-        self._pool = BlockPool(group.blocks, config.block_size)
+        self._pool = BlockPool(group.blocks, config.block_size, config.prefix_caching)
         self._scheduler = Scheduler(
             self._pool,
             max_sequences=config.max_sequences,
@@ -155,7 +155,7 @@ class Driver:
     def load(self) -> Load:
         scheduler, pool, loop = self._scheduler, self._pool, self._loop
         if scheduler is None or pool is None or loop is None:
-            return Load(0, 0, 0, 0, self.blueprint.config.block_size, 0, 0, 0)
+            return Load(0, 0, 0, 0, self.blueprint.config.block_size, 0, 0, 0, 0, 0)
         running = scheduler.running
         return Load(
             running=running,
@@ -166,6 +166,8 @@ class Driver:
             steps=loop.steps,
             preemptions=scheduler.preemptions,
             generated_tokens=loop.generated_tokens,
+            prompt_tokens=scheduler.prompt_tokens,
+            cached_tokens=scheduler.cached_tokens,
         )
 
     def health(self) -> Health:

@@ -155,16 +155,20 @@ class Job:
         )
         seed = request.sampling.seed
         seed = secrets.randbits(64) if seed is None else seed
-        self.samples = [
-            self._sample(index, sample_seed(seed, index), context, arrival)
-            for index in range(request.n)
-        ]
+        self.samples: list[Sample] = []
+        for index in range(request.n):
+            # The prompt is the same for all samples: they share the first one's blocks.
+            leader = self.samples[0].sequence if self.samples else None
+            sample_of = self._sample(index, sample_seed(seed, index), context, arrival, leader)
+            self.samples.append(sample_of)
 
     @property
     def open_samples(self) -> list[Sample]:
         return [sample for sample in self.samples if sample.open]
 
-    def _sample(self, index: int, seed: int, context: int, arrival: int) -> Sample:
+    def _sample(
+        self, index: int, seed: int, context: int, arrival: int, leader: Sequence | None
+    ) -> Sample:
         request = self.request
         prompt_length = len(request.prompt)
         sequence = Sequence(
@@ -184,8 +188,18 @@ class Job:
             ),
             priority=request.priority,
             arrival=arrival,
+            cache_salt=cache_salt(request),
+            leader=leader,
         )
         return Sample(self, index, sequence, seed)
+
+
+def cache_salt(request: Request) -> bytes:
+    """Requests share cached blocks under the same salt; one that shares with nobody has its own,
+    under which its samples still share."""
+    if not request.cache:
+        return b"request:" + request.id.encode()
+    return b"salt:" + request.cache_salt.encode() if request.cache_salt else b""
 
 
 def max_length(request: Request, context: int) -> int:

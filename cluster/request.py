@@ -48,11 +48,25 @@ class Stopping:
 
 
 @dataclass(frozen=True, slots=True)
+class BeamParams:
+    """Beam search of `width` hypotheses, as `transformers` defines it: a hypothesis' score is the
+    sum of its log probabilities over its length to the power of `length_penalty`;
+    `early_stopping` ends as soon as there are `width` finished ones."""
+
+    width: int
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One prompt and `n` samples of its continuation.
 
-    `generated` are tokens that an earlier attempt already delivered (n = 1 only): generation goes
-    on after them and only what is new is sent. `deadline` is `time.monotonic()` seconds.
+    `cache` False shares no KV blocks with other requests; `cache_salt` shares them only with
+    requests of the same salt. `beams` turns sampling into a beam search (n is then the number of
+    hypotheses to return). `generated` are tokens that an earlier attempt already delivered (n = 1
+    only): generation goes on after them and only what is new is sent. `deadline` is
+    `time.monotonic()` seconds.
     """
 
     id: str
@@ -63,9 +77,12 @@ class Request:
     generated: tuple[int, ...] = ()
     deadline: float | None = None
     priority: int = 0
+    cache: bool = True
+    cache_salt: str = ""
+    beams: BeamParams | None = None
 
 
-class FinishReason(enum.Enum):
+class FinishReason(enum.StrEnum):
     STOP = "stop"  # an end token, a stop token or a stop string
     LENGTH = "length"  # max_tokens, or the context is full
     ABORTED = "aborted"  # the client or an operator ended it
@@ -95,7 +112,8 @@ class TokenEvent:
     `tokens` are new, never repeated. The last event of a sample carries `finish`, `usage` and
     `timing`; a stop token is not among its `tokens` unless `include_stop`, `stop_token` names it.
     `prompt_logprobs` come once, with the first event of sample 0: None stands for the first token.
-    `seed` is the one that the sample is drawn with.
+    `seed` is the one that the sample is drawn with. `score` comes with the end of a hypothesis of
+    a beam search, whose tokens all come in that one event; the best hypothesis is sample 0.
     """
 
     index: int
@@ -107,6 +125,7 @@ class TokenEvent:
     usage: Usage | None = None
     timing: Timing | None = None
     seed: int | None = None
+    score: float | None = None
 
 
 class TokenStream(Protocol):
@@ -124,7 +143,7 @@ class TokenStream(Protocol):
     def close(self) -> None: ...
 
 
-class HealthState(enum.Enum):
+class HealthState(enum.StrEnum):
     STARTING = "starting"
     READY = "ready"
     DEGRADED = "degraded"
@@ -154,7 +173,8 @@ class Health:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """`kv_blocks_used` of `kv_blocks` hold live sequences."""
+    """`kv_blocks_used` of `kv_blocks` hold live sequences. What follows `block_size` is counted
+    since the start; `cached_tokens` of `prompt_tokens` were found in the KV cache."""
 
     running: int
     waiting: int
@@ -164,6 +184,8 @@ class Load:
     steps: int
     preemptions: int
     generated_tokens: int
+    prompt_tokens: int
+    cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

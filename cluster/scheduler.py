@@ -65,6 +65,7 @@ class Scheduler:
         self._running = SequenceQueue()
         self._preemptions = 0
         self._cached_tokens = 0
+        self._prompt_tokens = 0
         self.reset(epoch=0)
 
     @property
@@ -89,6 +90,11 @@ class Scheduler:
     def cached_tokens(self) -> int:
         """Tokens found in the cache by sequences when they first started, in all."""
         return self._cached_tokens
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompts of all sequences that have started."""
+        return self._prompt_tokens
 
     def fits(self, length: int) -> bool:
         """Whether a sequence of `length` tokens in all can run, if need be alone."""
@@ -218,8 +224,11 @@ class Scheduler:
 
     def _admit(self, draft: _Draft) -> None:
         """Start waiting sequences, strictly in order: nobody overtakes one that finds no room."""
-        while draft.budget and self._waiting and self._free_slots:
-            sequence = self._waiting.first
+        for sequence in tuple(self._waiting):
+            if not draft.budget or not self._free_slots:
+                break
+            if self._awaits_leader(sequence):
+                continue
             # Its tokens in flight, from before it was preempted, are part of what it starts with.
             if sequence.inflight or not self._allot(sequence):
                 break
@@ -231,6 +240,13 @@ class Scheduler:
                 SlotStart(sequence.slot, tokens, sequence.prompt_length, sequence.sampling)
             )
             draft.add(sequence, sequence.blocks)
+
+    def _awaits_leader(self, sequence: Sequence) -> bool:
+        """Whether the blocks of its prompt are about to be computed by another sample of it."""
+        leader = sequence.leader
+        if leader is None or leader.finished or sequence.started or not self._pool.prefix_caching:
+            return False
+        return leader.sealed < (sequence.prompt_length - 1) // self._pool.block_size
 
     def _allot(self, sequence: Sequence) -> bool:
         """Give a waiting sequence blocks for all its tokens, cached ones first, or change nothing.
@@ -255,6 +271,7 @@ class Scheduler:
             sequence.started = True
             sequence.cached_tokens = sequence.planned
             self._cached_tokens += sequence.planned
+            self._prompt_tokens += sequence.prompt_length
         return True
 
     def _preempt(self, sequence: Sequence) -> None:

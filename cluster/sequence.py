@@ -28,6 +28,7 @@ class Sequence:
     priority: int = 0  # the higher goes first
     arrival: int = 0
     cache_salt: bytes = b""  # sequences share cached blocks only under the same salt
+    leader: Sequence | None = None  # has the same prompt; this one waits to share its blocks
     want_logits: bool = False
     slot: int | None = None  # None while waiting
     blocks: list[int] = field(default_factory=list)

@@ -222,6 +222,8 @@ def load(value: Load) -> control_pb2.GetLoadResponse:
         steps=value.steps,
         preemptions=value.preemptions,
         generated_tokens=value.generated_tokens,
+        prompt_tokens=value.prompt_tokens,
+        cached_tokens=value.cached_tokens,
     )
 
 

@@ -61,13 +61,15 @@ class SlotWork(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="step"):
-    """One step of the whole group. `end` frees slots before anything else; then `start`, `work`."""
+    """One step of the whole group: first `end` frees slots, then blocks are copied (source,
+    target) for sequences that part ways inside a block, then `start` and `work`."""
 
     step: int
     epoch: int
     work: tuple[SlotWork, ...]
     start: tuple[SlotStart, ...] = ()
     end: tuple[int, ...] = ()
+    copy: tuple[tuple[int, int], ...] = ()
 
 
 class Logprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -192,6 +192,8 @@ def read_load(message: control_pb2.GetLoadResponse) -> types.Load:
         steps=message.steps,
         preemptions=message.preemptions,
         generated_tokens=message.generated_tokens,
+        prompt_tokens=message.prompt_tokens,
+        cached_tokens=message.cached_tokens,
     )
 
 

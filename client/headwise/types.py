@@ -245,7 +245,10 @@ class ModelInfo(_Frozen):
 
 
 class Load(_Frozen):
-    """Sequences and KV blocks at this moment; steps, preemptions and tokens since the start."""
+    """Sequences and KV blocks at this moment; steps, preemptions and tokens since the start.
+
+    `cached_tokens` of `prompt_tokens` were found in the KV cache.
+    """
 
     running: int
     waiting: int
@@ -255,6 +258,8 @@ class Load(_Frozen):
     steps: int
     preemptions: int
     generated_tokens: int
+    prompt_tokens: int
+    cached_tokens: int
 
 
 class RankHealth(_Frozen):

@@ -52,6 +52,8 @@ def _show(address: str, health: Health, load: Load, server: ServerInfo, model: M
         f"{load.running} running, {load.waiting} waiting, KV blocks {load.kv_blocks_used} of "
         f"{load.kv_blocks}, {load.generated_tokens} tokens in {load.steps} steps"
     )
+    cached = f", {load.cached_tokens / load.prompt_tokens:.0%} cached" if load.prompt_tokens else ""
+    console.print(f"{load.prompt_tokens} prompt tokens{cached}, {load.preemptions} preemptions")
     table = Table("rank", "state", "host", "pid", "heads", "KV heads", "weights", "KV cache")
     states = {rank.rank: rank for rank in health.ranks}
     for rank in server.ranks:

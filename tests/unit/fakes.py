@@ -125,7 +125,7 @@ class FakeGenerator:
         return True
 
     def load(self) -> Load:
-        return Load(len(self.live), 0, 64, 3, 16, 7, 1, self.events)
+        return Load(len(self.live), 0, 64, 3, 16, 7, 1, self.events, 200, 48)
 
     def health(self) -> Health:
         ranks = tuple(

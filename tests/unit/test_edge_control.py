@@ -70,6 +70,7 @@ async def test_load(edge: RunningEdge) -> None:
     assert (load.running, load.waiting, load.generated_tokens) == (0, 0, 4)
     assert (load.kv_blocks, load.kv_blocks_used, load.block_size) == (64, 3, 16)
     assert (load.steps, load.preemptions) == (7, 1)
+    assert (load.prompt_tokens, load.cached_tokens) == (200, 48)
 
 
 @pytest.mark.parametrize(
