@@ -29,6 +29,7 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Qwen2ForCausalLM",
         _LLAMA_LIKE | {"num_attention_heads": 14, "num_key_value_heads": 2},
     ),
+    "mistral": ("MistralConfig", "MistralForCausalLM", _LLAMA_LIKE | {"sliding_window": 13}),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", _GPT2_LIKE),
     "gpt_bigcode": ("GPTBigCodeConfig", "GPTBigCodeForCausalLM", _GPT2_LIKE),
 }
@@ -36,7 +37,7 @@ FAMILIES = tuple(_FAMILIES)
 
 
 def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random fp32 model of `family` ("llama", "qwen2", "gpt2", "gpt_bigcode") in eval mode.
+    """A random fp32 model of `family` (a key of `_FAMILIES`) in eval mode.
 
     Every parameter is random, biases and norms too, so that leaving one out shows in the logits.
     `overrides` are fields of the family's Hugging Face config. The width, unless given, is 8

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from shards.batch import DecodeRows, PrefillRows
+from shards.kernels.base import Pattern
 from shards.kv_cache import LayerCache
 
 
@@ -35,61 +36,80 @@ class ReferenceAttention:
     """`AttentionKernel` over gathered blocks."""
 
     def prefill(
-        self,
-        q_TNH: torch.Tensor,
-        cache: LayerCache,
-        rows: PrefillRows,
-        kv_of_head: tuple[int, ...],
-        scale: float,
+        self, q_TNH: torch.Tensor, cache: LayerCache, rows: PrefillRows, pattern: Pattern
     ) -> torch.Tensor:
-        count = q_TNH.shape[0]
-        first = rows.context - count
-        heads = torch.tensor(kv_of_head, device=q_TNH.device)
+        device, window = q_TNH.device, pattern.window
+        first = rows.context - q_TNH.shape[0]
+        block_size = cache.keys.shape[2]
+        unseen = 0 if window is None else max(0, first + 1 - window) // block_size  # whole blocks
+        heads = torch.tensor(pattern.kv_of_head, device=device)
         k_NCH, v_NCH = (
-            pool[rows.table_B]  # [B, K, block_size, H]
+            pool[rows.table_B[unseen:]]  # [B, K, block_size, H]
             .transpose(0, 1)
-            .flatten(1, 2)[heads, : rows.context]
+            .flatten(1, 2)[heads, : rows.context - unseen * block_size]
             for pool in (cache.keys, cache.values)
         )
-        mask = None
-        if first > 0:
-            seen_C = torch.arange(rows.context, device=q_TNH.device)
-            mask = seen_C <= torch.arange(first, rows.context, device=q_TNH.device)[:, None]
+        mask_TC = None
+        if first > 0 or (window is not None and rows.context > window):
+            at_C = torch.arange(unseen * block_size, rows.context, device=device)
+            at_T1 = torch.arange(first, rows.context, device=device)[:, None]
+            mask_TC = at_C <= at_T1
+            if window is not None:
+                mask_TC &= at_C > at_T1 - window
         out_NTH = F.scaled_dot_product_attention(
             q_TNH.transpose(0, 1)[None],
             k_NCH[None],
             v_NCH[None],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
+            attn_mask=mask_TC,
+            is_causal=mask_TC is None,
+            scale=pattern.scale,
         )[0]
         return out_NTH.transpose(0, 1)
 
     def decode(
-        self,
-        q_SNH: torch.Tensor,
-        cache: LayerCache,
-        rows: DecodeRows,
-        kv_of_head: tuple[int, ...],
-        scale: float,
+        self, q_SNH: torch.Tensor, cache: LayerCache, rows: DecodeRows, pattern: Pattern
     ) -> torch.Tensor:
-        sequences, _heads, head_dim = q_SNH.shape
-        kv_heads, group, places = _padded_groups(kv_of_head, q_SNH.device)
+        sequences, _, head_dim = q_SNH.shape
+        kv_heads, group, places = _padded_groups(pattern.kv_of_head, q_SNH.device)
         if places is None:
             q = q_SNH
         else:
             q = q_SNH.new_zeros(sequences, kv_heads * group, head_dim)
             q[:, places] = q_SNH
         q_SKGH = q.view(sequences, kv_heads, group, head_dim)
+        tables_SB, at_SC = _seen_blocks(rows, cache.keys.shape[2], pattern.window)
         k_SKCH, v_SKCH = (
-            pool[rows.tables_SB]  # [S, B, K, block_size, H]
+            pool[tables_SB]  # [S, B, K, block_size, H]
             .transpose(1, 2)
             .flatten(2, 3)
             for pool in (cache.keys, cache.values)
         )
-        scores = torch.matmul(q_SKGH, k_SKCH.transpose(2, 3)).float() * scale  # [S, K, G, C]
-        unseen_SC = torch.arange(scores.shape[3], device=q.device) >= rows.contexts_S[:, None]
+        scores = torch.matmul(q_SKGH, k_SKCH.transpose(2, 3)).float() * pattern.scale  # [S,K,G,C]
+        contexts_S1 = rows.contexts_S[:, None]
+        unseen_SC = at_SC >= contexts_S1
+        if pattern.window is not None:
+            unseen_SC |= at_SC < contexts_S1 - pattern.window
         scores.masked_fill_(unseen_SC[:, None, None], float("-inf"))
         out = torch.matmul(scores.softmax(-1).to(v_SKCH.dtype), v_SKCH)
         out_SNH = out.reshape(sequences, kv_heads * group, head_dim)
         return out_SNH if places is None else out_SNH[:, places]
+
+
+def _seen_blocks(
+    rows: DecodeRows, block_size: int, window: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The blocks to gather, [S, B], and the position of every cached token in them, [S or 1, C].
+
+    Under a window these are the blocks that it reaches, as many for every sequence; where a
+    sequence has fewer, positions past its context stand for the rest.
+    """
+    tables_SB, device = rows.tables_SB, rows.tables_SB.device
+    width = tables_SB.shape[1]
+    if window is None or width * block_size <= window + block_size:
+        return tables_SB, torch.arange(width * block_size, device=device)[None]
+    reach = -(-window // block_size) + 1
+    first_S1 = (rows.contexts_S[:, None] - window).clamp(min=0) // block_size
+    places_SB = first_S1 + torch.arange(reach, device=device)
+    gathered_SB = tables_SB.gather(1, places_SB.clamp(max=width - 1))
+    at_SC = first_S1 * block_size + torch.arange(reach * block_size, device=device)
+    return gathered_SB, at_SC

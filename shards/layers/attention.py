@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from shards.batch import Batch
-from shards.kernels.base import AttentionKernel
+from shards.kernels.base import AttentionKernel, Pattern
 from shards.kv_cache import LayerCache
 from shards.layers.linear import ColumnLinear, RowLinear
 from shards.layers.position import Angles
@@ -15,7 +15,7 @@ from shards.models import spec
 
 
 class Attention(nn.Module):
-    """MHA, GQA and MQA alike: `kv_of_head` says which local KV head a local query head reads."""
+    """MHA, GQA and MQA alike: the pattern says which KV head a query head reads."""
 
     def __init__(
         self,
@@ -28,10 +28,13 @@ class Attention(nn.Module):
         super().__init__()
         head_dim, bias = attention.head_dim, attention.qkv_bias
         self.head_dim = head_dim
-        self.scale = attention.scale
         self.kernel = kernel
-        self.kv_of_head = tuple(
-            head // attention.group - kv_heads.start for head in range(heads.start, heads.stop)
+        self.pattern = Pattern(
+            kv_of_head=tuple(
+                head // attention.group - kv_heads.start for head in range(heads.start, heads.stop)
+            ),
+            scale=attention.scale,
+            window=attention.window,
         )
         self.q = ColumnLinear(width, len(heads) * head_dim, bias)
         self.k = ColumnLinear(width, len(kv_heads) * head_dim, bias)
@@ -51,16 +54,13 @@ class Attention(nn.Module):
         return self.out(self._attend(q, batch, cache).flatten(1))
 
     def _attend(self, q_TNH: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
-        decode, kernel = batch.decode, self.kernel
+        decode, kernel, pattern = batch.decode, self.kernel, self.pattern
         if decode is not None and not batch.prefills:
-            return kernel.decode(q_TNH, cache, decode, self.kv_of_head, self.scale)
+            return kernel.decode(q_TNH, cache, decode, pattern)
         out_TNH = torch.empty_like(q_TNH)
         if decode is not None:
-            rows_S = decode.rows_S
-            out_TNH[rows_S] = kernel.decode(
-                q_TNH[rows_S], cache, decode, self.kv_of_head, self.scale
-            )
+            out_TNH[decode.rows_S] = kernel.decode(q_TNH[decode.rows_S], cache, decode, pattern)
         for rows in batch.prefills:
             span = slice(rows.start, rows.stop)
-            out_TNH[span] = kernel.prefill(q_TNH[span], cache, rows, self.kv_of_head, self.scale)
+            out_TNH[span] = kernel.prefill(q_TNH[span], cache, rows, pattern)
         return out_TNH

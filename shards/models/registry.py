@@ -7,10 +7,16 @@ from difflib import get_close_matches
 from typing import Any
 
 from shards.errors import UnsupportedModel
-from shards.models.families import gpt2, gpt_bigcode, llama, qwen2
+from shards.models.families import gpt2, gpt_bigcode, llama, mistral, qwen2
 from shards.models.family import Family, GGUFNames
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen2.FAMILY, gpt2.FAMILY, gpt_bigcode.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    qwen2.FAMILY,
+    gpt2.FAMILY,
+    gpt_bigcode.FAMILY,
+)
 
 
 def family_of_config(config: Mapping[str, Any]) -> Family:

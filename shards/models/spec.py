@@ -83,7 +83,8 @@ class Norm:
 class Attention:
     """Causal attention. MHA, GQA and MQA differ in `kv_heads` alone: heads, fewer, one.
 
-    Query head h reads KV head h // (heads // kv_heads).
+    Query head h reads KV head h // (heads // kv_heads). With a `window`, a position sees that many
+    positions, itself the last of them.
     """
 
     heads: int
@@ -92,6 +93,7 @@ class Attention:
     scale: float
     qkv_bias: bool = False
     out_bias: bool = False
+    window: int | None = None
 
     @property
     def group(self) -> int:

@@ -96,6 +96,17 @@ CASES = [
         "qwen2",
         {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": False},
     ),
+    Case("mistral-window", "mistral", {}),
+    Case(
+        "qwen2-some-windows",
+        "qwen2",
+        {
+            "hidden_size": 84,
+            "use_sliding_window": True,
+            "sliding_window": 20,
+            "max_window_layers": 1,
+        },
+    ),
     Case("gpt2-7", "gpt2", {"n_head": 7, "n_embd": 56}),
     Case(
         "gpt2-scaled-by-layer",

@@ -158,7 +158,6 @@ def test_yarn_stretches_the_context() -> None:
         ("llama", {"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0: a number above 0"),
         ("llama", {"attention_bias": "yes"}, "attention_bias is 'yes': true or false"),
         ("llama", {"dtype": "int8"}, "dtype is 'int8': known are float32"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window is true with a window of 4096"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
         ("gpt_bigcode", {"add_cross_attention": True}, "add_cross_attention is True"),
         ("gpt2", {"n_head": 7}, "n_embd=768 and n_head=7"),
@@ -182,7 +181,7 @@ def test_family_by_architecture_or_model_type() -> None:
     [
         ({"architectures": ["LlamaForCasualLM"]}, "LlamaForCausalLM, .*nearest is LlamaForCausalL"),
         ({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"}, "unknown"),
-        ({"model_type": "gpt3"}, "known are llama, qwen2, gpt2, gpt_bigcode; the nearest is gpt2"),
+        ({"model_type": "gpt3"}, "known are llama, mistral, qwen2, gpt2, gpt_bigcode; the nearest is gpt2"),
         ({}, "neither architectures nor model_type"),
     ],
 )

@@ -88,6 +88,12 @@ class Fields:
             )
         return count, kv_count
 
+    def window(self, name: str, context: int) -> int | None:
+        """A sliding window; None where there is none, or it holds the whole `context`."""
+        if self.get(name) is None or self.integer(name) >= context:
+            return None
+        return self.integer(name)
+
     def even_share(self, width: str, heads: str) -> int:
         """`width` / `heads`, the head_dim of families that state none."""
         total, count = self.integer(width), self.integer(heads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from shards.errors import UnsupportedModel
@@ -31,20 +32,21 @@ _DEFAULTS: dict[str, Any] = {
 _ABSENT_KV_HEADS = {**_DEFAULTS, "num_key_value_heads": 32}
 
 
-def _refuse_sliding_window(fields: Fields, longest: int) -> None:
-    """Layers from `max_window_layers` on may see a window only; a window that holds the whole
-    context changes nothing."""
-    if not fields.flag("use_sliding_window") or fields.integer("sliding_window") >= longest:
-        return
-    kinds, first = fields.get("layer_types"), fields.get("max_window_layers")
-    if kinds is None and isinstance(first, int) and first >= fields.integer("num_hidden_layers"):
-        return
-    if kinds is None or "sliding_attention" in kinds:
+def _windows(fields: Fields, longest: int) -> list[int | None]:
+    """Each layer's window: those from `max_window_layers` on, or as `layer_types` says."""
+    layers = fields.integer("num_hidden_layers")
+    window = fields.window("sliding_window", longest)
+    if not fields.flag("use_sliding_window") or window is None:
+        return [None] * layers
+    kinds = fields.get("layer_types")
+    if kinds is None:
+        first = fields.get("max_window_layers")
+        return [window if i >= first else None for i in range(layers)]
+    if len(kinds) != layers:
         raise UnsupportedModel(
-            f"config field use_sliding_window is true with a window of "
-            f"{fields.get('sliding_window')} below the context of {longest}: only full attention "
-            "is known; lower max_position_embeddings to the window or set it to false"
+            f"config field layer_types lists {len(kinds)} layers and num_hidden_layers is {layers}"
         )
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def _spec(config: Mapping[str, Any]) -> ModelSpec:
@@ -56,21 +58,20 @@ def _spec(config: Mapping[str, Any]) -> ModelSpec:
         else fields.even_share("hidden_size", "num_attention_heads")
     )
     longest = context(fields)
-    _refuse_sliding_window(fields, longest)
-    layer = Layer(
-        Attention(heads, kv_heads, head_dim, scale=head_dim**-0.5, qkv_bias=True),
-        FeedForward(
-            width=fields.integer("intermediate_size"),
-            activation=fields.activation("hidden_act"),
-            gated=True,
-        ),
+    windows = _windows(fields, longest)
+    ffn = FeedForward(
+        width=fields.integer("intermediate_size"),
+        activation=fields.activation("hidden_act"),
+        gated=True,
     )
+    attention = Attention(heads, kv_heads, head_dim, scale=head_dim**-0.5, qkv_bias=True)
+    kinds = {window: Layer(replace(attention, window=window), ffn) for window in set(windows)}
     return ModelSpec(
         architecture="qwen2",
         width=fields.integer("hidden_size"),
         vocabulary=fields.integer("vocab_size"),
         context=longest,
-        layers=(layer,) * fields.integer("num_hidden_layers"),
+        layers=tuple(kinds[window] for window in windows),
         norm=Norm("rms", fields.number("rms_norm_eps")),
         rotary=rotary(fields, head_dim),
         tied_embeddings=fields.flag("tie_word_embeddings"),
