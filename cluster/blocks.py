@@ -98,7 +98,7 @@ class BlockPool:
         return block
 
     def share(self, blocks: Sequence[int]) -> None:
-        """Add a reference to each of `blocks`, which come from `match`."""
+        """Add a reference to each of `blocks`, which come from `match` or are held."""
         for block in blocks:
             if self._references[block] == 0:
                 del self._evictable[block]

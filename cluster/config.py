@@ -85,7 +85,7 @@ class ServerConfig(BaseModel):
     tls_client_ca: str | None = None
     token_file: str | None = None
     max_message_bytes: Annotated[int, Field(ge=1 << 16)] = 16 << 20
-    drain_timeout_s: Annotated[float, Field(ge=0)] = 3
+    drain_timeout_s: Annotated[float, Field(ge=0)] = 2
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> ServerConfig:

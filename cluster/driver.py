@@ -15,7 +15,7 @@ from cluster.blocks import BlockPool
 from cluster.blueprint import Blueprint
 from cluster.engine_loop import STOPPING, EngineLoop
 from cluster.errors import InvalidRequest, Overloaded, Unavailable, Violation
-from cluster.jobs import Job, max_length
+from cluster.jobs import Job, max_length, sequences_of
 from cluster.rank_group import Launcher, OnProgress, RankGroup
 from cluster.request import (
     FinishReason,
@@ -93,8 +93,9 @@ class Driver:
                 group = self._form_group(launcher, on_progress)
                 self.codec = codec.result()
             if self.codec is not None:
-                both = (*self._model.eos_token_ids, *self.codec.eos_token_ids)
-                self._model = replace(self._model, eos_token_ids=tuple(dict.fromkeys(both)))
+                both = dict.fromkeys((*self._model.eos_token_ids, *self.codec.eos_token_ids))
+                known = tuple(token for token in both if token < self._model.vocabulary)
+                self._model = replace(self._model, eos_token_ids=known)
         except BaseException as error:
             self._lose(str(error) or type(error).__name__)
             if self._group is None:
@@ -127,30 +128,30 @@ class Driver:
         self._lose(STOPPING)
 
     def submit(self, request: Request) -> EventStream:
-        with self._admission:
+        with self._admission:  # what comes for this id from now on comes after its beginning
             loop = self._admit(request)
-            self._samples[request.id] = request.n
+            self._samples[request.id] = sequences_of(request)
             self._arrivals += 1
-            arrival = self._arrivals
-        stream = EventStream(
-            finish_sample=lambda index: loop.finish_sample(request.id, index),
-            close=lambda: loop.drop_job(request.id),
-        )
-        job = Job(
-            request,
-            stream,
-            eos_token_ids=self._model.eos_token_ids,
-            context=self._model.context,
-            arrival=arrival,
-        )
-        loop.begin(job)
+            stream = EventStream(
+                finish_sample=lambda index: loop.finish_sample(request.id, index),
+                close=lambda: loop.drop_job(request.id),
+            )
+            job = Job(
+                request,
+                stream,
+                eos_token_ids=self._model.eos_token_ids,
+                context=self._model.context,
+                arrival=self._arrivals,
+            )
+            loop.begin(job)
         return stream
 
     def abort(self, request_id: str) -> bool:
-        known = request_id in self._samples and self._loop is not None
-        if known and self._loop is not None:
-            self._loop.end_job(request_id, FinishReason.ABORTED)
-        return known
+        with self._admission:
+            if self._loop is None or request_id not in self._samples:
+                return False
+        self._loop.end_job(request_id, FinishReason.ABORTED)
+        return True
 
     def load(self) -> Load:
         scheduler, pool, loop = self._scheduler, self._pool, self._loop
@@ -213,7 +214,7 @@ class Driver:
             )
         retry_after = min(max(loop.seconds_between_ends, _RETRY_AFTER_S[0]), _RETRY_AFTER_S[1])
         admitted, limit = self._admitted(), config.max_sequences + config.max_queued_requests
-        if admitted + request.n > limit:
+        if admitted + sequences_of(request) > limit:
             raise Overloaded(
                 f"{admitted} sequences are waiting or running, and the server takes {limit}",
                 retry_after,

@@ -15,11 +15,20 @@ from cluster.blueprint import draw_up
 from cluster.config import ClusterConfig
 from cluster.driver import Driver
 from cluster.errors import InvalidRequest, Overloaded, Violation
+from cluster.prompts import bias_of, ids_of, prompts_of, texts_of
 from cluster.rank_group import Launcher, OnProgress
 from cluster.ray_environment import prepare_local_ray
-from cluster.request import FinishReason, ModelInfo, Request, SamplingParams, Stopping, Usage
+from cluster.request import (
+    BeamParams,
+    FinishReason,
+    ModelInfo,
+    Request,
+    SamplingParams,
+    Stopping,
+    Usage,
+)
 from cluster.text import TextStream
-from cluster.validation import validate
+from cluster.validation import max_prompt_bytes, validate
 from shards.contract import Logprobs
 
 Prompt = str | Sequence[int]
@@ -30,7 +39,8 @@ class Generation:
     """What a prompt was continued with.
 
     `text` is "" for a model without a tokenizer. `logprobs` has one entry per token of `token_ids`
-    and `prompt_logprobs` one per token of the prompt (None for the first), where asked for.
+    and `prompt_logprobs` one per token of the prompt (None for the first), where asked for. `score`
+    is that of a beam search's best hypothesis.
     """
 
     token_ids: tuple[int, ...]
@@ -40,6 +50,7 @@ class Generation:
     seed: int
     logprobs: tuple[Logprobs, ...] | None = None
     prompt_logprobs: tuple[Logprobs | None, ...] | None = None
+    score: float | None = None
 
 
 @dataclass(slots=True)
@@ -72,6 +83,7 @@ class _Collector:
             seed=last.seed,
             logprobs=tuple(self.logprobs) if asked else None,
             prompt_logprobs=prompt_logprobs,
+            score=last.score,
         )
 
 
@@ -166,20 +178,25 @@ class Engine:
         frequency_penalty: float = 0.0,
         logit_bias: dict[int, float] | None = None,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        stop_token_ids: Iterable[int] = (),
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Iterable[int] | None = None,
         ignore_eos: bool = False,
         include_stop: bool = False,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        beam_width: int | None = None,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
         progress: bool | None = None,
     ) -> Generation | list[Generation]:
-        """Continue a prompt, or each of a list of prompts; text and token ids may be mixed.
+        """Continue a prompt, or each of a list of prompts; text and token ids may be mixed, and
+        ids may come in an array or tensor.
 
         The parameters are those of `cluster.request.SamplingParams` and `Stopping`; `max_tokens`
-        None goes as far as the context. `progress` shows a bar (by default for lists). Raises
-        `InvalidRequest` naming every fault, before anything is computed, and `Unavailable` if the
-        shard group dies.
+        None goes as far as the context. `beam_width` searches for the likeliest continuation, as
+        `BeamParams` says, and gives the best one. `progress` shows a bar (by default for lists).
+        Raises `InvalidRequest` naming every fault, before anything is computed, and `Unavailable`
+        if the shard group dies.
         """
         sampling = SamplingParams(
             temperature=temperature,
@@ -190,34 +207,52 @@ class Engine:
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
             seed=seed,
-            logit_bias=dict(logit_bias or {}),
+            logit_bias=bias_of("logit_bias", logit_bias),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
         stopping = Stopping(
             max_tokens=max_tokens,
             min_tokens=min_tokens,
-            strings=(stop,) if isinstance(stop, str) else tuple(stop),
-            token_ids=tuple(stop_token_ids),
+            strings=texts_of("stop", stop),
+            token_ids=ids_of("stop_token_ids", stop_token_ids),
             ignore_eos=ignore_eos,
             include_stop=include_stop,
         )
-        single = _is_one_prompt(prompt)
-        prompts: Sequence[Prompt] = [prompt] if single else prompt  # type: ignore[list-item,assignment]
-        requests = [self._request(one, sampling, stopping) for one in prompts]
+        beams = None
+        if beam_width is not None:
+            beams = BeamParams(beam_width, length_penalty, early_stopping)
+        prompts, single = prompts_of(prompt)
+        requests = [self._request(one, sampling, stopping, beams) for one in prompts]
         show = len(requests) > 1 if progress is None else progress
         generations = self._run(requests, show)
         return generations[0] if single else generations
 
-    def _request(self, prompt: Prompt, sampling: SamplingParams, stopping: Stopping) -> Request:
+    def _request(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        stopping: Stopping,
+        beams: BeamParams | None,
+    ) -> Request:
         codec = self._driver.codec
         if isinstance(prompt, str):
             if codec is None:
                 raise InvalidRequest(
                     Violation("prompt", "this model has no tokenizer: give token ids, not text")
                 )
+            if len(prompt) > max_prompt_bytes(codec, self.model):  # a character is a byte or more
+                raise InvalidRequest(
+                    Violation(
+                        "prompt",
+                        f"{len(prompt)} characters cannot fit into a context of "
+                        f"{self.model.context} tokens: give a shorter text",
+                    )
+                )
             prompt = codec.encode(prompt)
-        request = Request(f"engine-{secrets.token_hex(8)}", tuple(prompt), sampling, stopping)
+        request = Request(
+            f"engine-{secrets.token_hex(8)}", tuple(prompt), sampling, stopping, beams=beams
+        )
         validate(request, self.model, has_tokenizer=codec is not None)
         return request
 
@@ -255,7 +290,3 @@ class Engine:
                 return None
             raise
         return _Collector(TextStream(self._driver.codec, request, stream), request)
-
-
-def _is_one_prompt(prompt: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompt, str) or all(isinstance(token, int) for token in prompt)

@@ -16,13 +16,14 @@ from collections.abc import Callable
 
 import structlog
 
-from cluster.errors import Unavailable
+from cluster.beams import Beam
+from cluster.errors import NoToken, Unavailable
 from cluster.jobs import Job, Sample
 from cluster.rank_group import RankGroup, RanksLost
-from cluster.request import FinishReason
+from cluster.request import FinishReason, TokenEvent
 from cluster.scheduler import Scheduler
 from cluster.sequence import Sequence
-from shards.contract import PhaseSeconds, StepResult
+from shards.contract import NO_TOKEN, PhaseSeconds, Sampled, StepResult
 from shards.timing import add
 
 log = structlog.get_logger(__name__)
@@ -32,6 +33,9 @@ STOPPING = "the server is stopping"
 _PIPELINE = 2
 # The ranks' own deadline is shorter than this thread's, so that they can say who is missing.
 _STEP_GRACE_S = 5.0
+# The kernel counts a wait in milliseconds and 32 bits; a deadline may be years away.
+_LONGEST_WAIT_S = 60.0
+_MOST_DEAD_DEADLINES = 64
 
 
 class EngineLoop:
@@ -159,10 +163,43 @@ class EngineLoop:
         now = time.monotonic()
         for sequence, sampled in self._scheduler.commit(result):
             self.generated_tokens += 1
-            sample = self._samples[sequence]
-            sample.job.stream.push(sample.take(sampled, now))
+            sample = self._samples.get(sequence)
+            if sample is None:  # its job has just been given up
+                continue
+            if sampled.token == NO_TOKEN:
+                self._give_up(sample.job, sampled.position)
+                continue
+            if sample.job.beam is not None:
+                self._search_on(sample.job, sample.job.beam, sequence, sampled, now)
+                continue
+            self._push(sample, sample.take(sampled, now))
             if not sample.open:
                 self._retire(sample, now)
+
+    def _give_up(self, job: Job, position: int) -> None:
+        """End a job that no token can be picked for; the others of the step go on."""
+        log.error("no token can be picked", request_id=job.request.id, position=position)
+        job.stream.end(
+            NoToken(
+                f"no token can be picked at position {position}: the logits hold NaN or infinity, "
+                "or every token is barred; check the sampling parameters, the checkpoint and dtype"
+            )
+        )
+        self._drop_job(job.request.id)
+
+    def _search_on(
+        self, job: Job, beam: Beam, sequence: Sequence, sampled: Sampled, now: float
+    ) -> None:
+        """Take what may follow a hypothesis; the last one lets the search go on, or ends it."""
+        assert sampled.logprobs is not None
+        job.samples[0].note_token(now)
+        children = beam.take(sequence, sampled.logprobs)
+        if beam.search.over:
+            for sample, found in zip(job.samples, beam.search.finished, strict=True):
+                self._push(sample, sample.take_found(found, now))
+                self._retire(sample, now)
+        elif children:
+            beam.live = self._scheduler.fork(beam.sequences, children)
 
     def _patience(self) -> float | None:
         """Seconds to wait for results before something else is due."""
@@ -171,7 +208,7 @@ class EngineLoop:
             due.append(self._deadlines[0][0])
         if self._inbox:
             return 0
-        return max(0.0, min(due) - time.monotonic()) if due else None
+        return min(max(0.0, min(due) - time.monotonic()), _LONGEST_WAIT_S) if due else None
 
     def _step_limit(self) -> float:
         return self._step_timeout_s + _STEP_GRACE_S
@@ -186,7 +223,8 @@ class EngineLoop:
         for sample in job.samples:
             self._samples[sample.sequence] = sample
             self._unstarted.append(sample)
-            self._scheduler.add(sample.sequence)
+            if not sample.sequence.resting:
+                self._scheduler.add(sample.sequence)
 
     def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -202,20 +240,31 @@ class EngineLoop:
             return
         now = time.monotonic()
         for sample in job.open_samples:
-            job.stream.push(sample.end(reason, now))
+            self._push(sample, sample.end(reason, now))
             self._retire(sample, now)
 
     def _finish_sample(self, request_id: str, index: int) -> None:
         job = self._jobs.get(request_id)
-        if job is not None and job.samples[index].open:
-            job.samples[index].open = False
-            self._retire(job.samples[index], time.monotonic())
+        if job is None or not job.samples[index].open:
+            return
+        if job.beam is not None:
+            job.samples[index].shown = False  # its search is the others' as well
+        else:
+            self._drop(job.samples[index])
 
     def _drop_job(self, request_id: str) -> None:
         job = self._jobs.get(request_id)
         if job is not None:
             for sample in job.open_samples:
-                self._finish_sample(request_id, sample.index)
+                self._drop(sample)
+
+    def _push(self, sample: Sample, event: TokenEvent) -> None:
+        if sample.shown:
+            sample.job.stream.push(event)
+
+    def _drop(self, sample: Sample) -> None:
+        sample.open = False
+        self._retire(sample, time.monotonic())
 
     def _retire(self, sample: Sample, now: float) -> None:
         """Forget a sample that has ended, and its job with the last one."""
@@ -229,3 +278,6 @@ class EngineLoop:
             del self._jobs[job.request.id]
             job.stream.end()
             self._on_end(job.request.id)
+            if len(self._deadlines) > 2 * len(self._jobs) + _MOST_DEAD_DEADLINES:
+                self._deadlines = [(at, name) for at, name in self._deadlines if name in self._jobs]
+                heapq.heapify(self._deadlines)

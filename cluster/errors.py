@@ -31,6 +31,10 @@ class Overloaded(HeadwiseError):
         self.retry_after = retry_after
 
 
+class NoToken(HeadwiseError):
+    """No token can be picked for a request; nobody else is touched by it. -> FAILED_PRECONDITION"""
+
+
 class Unavailable(HeadwiseError):
     """The shard group cannot compute just now; says which rank and why. -> UNAVAILABLE"""
 

@@ -11,6 +11,8 @@ import os
 import secrets
 import selectors
 import socket
+import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -21,6 +23,7 @@ from shards.contract import FromRank, Hello, ToRank, decode_from_rank
 
 _CHUNK = 1 << 18
 _HELLO_TIMEOUT_S = 5.0
+_MOST_GREETING = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,28 @@ class _Link:
         return True
 
 
+class _Stranger:
+    """A connection that has not said yet which rank it is. It may not take long, nor say much."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self.sock = sock
+        self.deadline = deadline
+        self.frames = Frames()
+        self._heard = 0
+
+    def receive(self) -> list[FromRank] | None:
+        """Its first messages; None if none is whole yet, [] if it speaks another language."""
+        try:
+            part = self.sock.recv(_CHUNK)
+            self._heard += len(part)
+            messages = [decode_from_rank(body) for body in self.frames.feed(part)]
+        except BlockingIOError:
+            return None
+        except (OSError, msgspec.MsgspecError):
+            return []
+        return messages or (None if part and self._heard < _MOST_GREETING else [])
+
+
 class RankLinks:
     """Listens for `world` ranks, then speaks with them.
 
@@ -61,7 +86,9 @@ class RankLinks:
         self.world = world
         self.token = secrets.token_hex(16)
         self._links: dict[int, _Link] = {}
+        self._strangers: list[_Stranger] = []
         self._selector = selectors.DefaultSelector()
+        self._ringing = threading.Lock()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector.register(self._bell, selectors.EVENT_READ)
         if host is None:
@@ -82,7 +109,9 @@ class RankLinks:
         return None if link is None else link.hello
 
     def wake(self) -> None:
-        os.eventfd_write(self._bell, 1)
+        with self._ringing:
+            if self._bell >= 0:
+                os.eventfd_write(self._bell, 1)
 
     def send(self, message: ToRank, descriptor: int | None = None) -> None:
         """To every connected rank, in order; with an open file behind it where given."""
@@ -98,14 +127,18 @@ class RankLinks:
         found: list[FromRank | RankGone] = []
         for key, events in self._selector.select(timeout_s):
             if key.fileobj is self._listener:
-                found.extend(self._accept(self._listener))
+                self._accept(self._listener)
             elif key.data is None:
                 os.eventfd_read(self._bell)
+            elif isinstance(key.data, _Stranger):
+                found.extend(self._greet(key.data))
             else:
                 if events & selectors.EVENT_WRITE:
                     self._flush(key.data)
                 if events & selectors.EVENT_READ:
                     found.extend(self._receive(key.data))
+        for stranger in [s for s in self._strangers if time.monotonic() > s.deadline]:
+            self._send_away(stranger)
         return found
 
     def close(self) -> None:
@@ -114,34 +147,51 @@ class RankLinks:
             return
         for link in self._links.values():
             link.sock.close()
+        for stranger in self._strangers:
+            stranger.sock.close()
         self._links.clear()
+        self._strangers.clear()
         self._stop_listening()
         self._selector.close()
-        os.close(self._bell)
-        self._bell = -1
+        with self._ringing:
+            os.close(self._bell)
+            self._bell = -1
 
-    def _accept(self, listener: socket.socket) -> Iterable[FromRank]:
+    def _accept(self, listener: socket.socket) -> None:
         sock, _ = listener.accept()
-        sock.settimeout(_HELLO_TIMEOUT_S)
-        frames = Frames()
-        messages = _read_greeting(sock, frames)
+        sock.setblocking(False)
+        stranger = _Stranger(sock, time.monotonic() + _HELLO_TIMEOUT_S)
+        self._strangers.append(stranger)
+        self._selector.register(sock, selectors.EVENT_READ, stranger)
+
+    def _greet(self, stranger: _Stranger) -> list[FromRank]:
+        """Make a link of a connection whose first message shows it to be a rank of ours."""
+        messages = stranger.receive()
+        if messages is None:
+            return []
         hello = messages[0] if messages else None
         if (
             not isinstance(hello, Hello)
-            or not hmac.compare_digest(hello.token, self.token)
+            or not hmac.compare_digest(hello.token.encode(), self.token.encode())
             or not 0 <= hello.rank < self.world
             or hello.rank in self._links
         ):
-            sock.close()
-            return ()
+            self._send_away(stranger)
+            return []
+        sock = stranger.sock
+        self._strangers.remove(stranger)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setblocking(False)
-        link = self._links[hello.rank] = _Link(sock, hello, frames)
-        self._selector.register(sock, selectors.EVENT_READ, link)
+        link = self._links[hello.rank] = _Link(sock, hello, stranger.frames)
+        self._selector.modify(sock, selectors.EVENT_READ, link)
         if len(self._links) == self.world:
             self._stop_listening()
         return messages
+
+    def _send_away(self, stranger: _Stranger) -> None:
+        self._strangers.remove(stranger)
+        self._selector.unregister(stranger.sock)
+        stranger.sock.close()
 
     def _stop_listening(self) -> None:
         if self._listener is not None:
@@ -188,17 +238,3 @@ class RankLinks:
             link.outbox.clear()
         finally:
             link.sock.setblocking(False)
-
-
-def _read_greeting(sock: socket.socket, frames: Frames) -> list[FromRank]:
-    """The first messages of a new connection; empty if it speaks another language."""
-    bodies: list[bytes] = []
-    try:
-        while not bodies:
-            part = sock.recv(_CHUNK)
-            if not part:
-                return []
-            bodies = frames.feed(part)
-        return [decode_from_rank(body) for body in bodies]
-    except (OSError, msgspec.MsgspecError):
-        return []

@@ -6,6 +6,9 @@ finds no block, the sequence served last (lowest priority, latest arrival) is pr
 are freed and it is computed again later from its tokens, which is exact because random numbers
 depend on (seed, position) alone.
 
+The hypotheses of a beam search are sequences in lockstep: each is planned up to its last token, and
+rests until `fork` lets all of them go on together, sharing the blocks that they have in common.
+
 A plan is made before the results of the plans in flight are known. Ranks execute plans in order, so
 a block or slot that is given up may be given away in the very next plan, whatever is in flight.
 """
@@ -37,6 +40,13 @@ class _Draft:
     def add(self, sequence: Sequence, blocks: list[int]) -> None:
         """Plan as much of `sequence` as the budget allows; `blocks` are new to its table."""
         assert sequence.slot is not None
+        if not sequence.announced:
+            sequence.announced = True
+            tokens = struct.pack(f"<{len(sequence.tokens)}i", *sequence.tokens)
+            self.starts.append(
+                SlotStart(sequence.slot, tokens, sequence.prompt_length, sequence.sampling)
+            )
+            blocks = sequence.blocks
         start = sequence.planned
         count = min(self.budget, sequence.remaining)
         end = start + count
@@ -112,10 +122,10 @@ class Scheduler:
         if sequence.finished:
             return
         sequence.finished = True
-        if sequence.slot is None:
-            self._waiting.remove(sequence)
-        else:
+        if sequence.slot is not None:
             self._leave_slot(sequence)
+        elif not sequence.resting:
+            self._waiting.remove(sequence)
 
     def owner(self, result: StepResult, slot: int) -> Sequence | None:
         """The sequence that `slot` stood for in a result not yet committed; None if it has ended.
@@ -137,10 +147,12 @@ class Scheduler:
         self._flights: dict[int, _Flight] = {}
         self._free_slots = deque(range(self._max_sequences))
         self._ended: list[int] = []
+        self._copies: dict[int, int] = {}  # target block -> source
         self._pool.clear()
         for sequence in self._running:
             self._forget_stay(sequence)
-            self._waiting.add(sequence)
+            if not sequence.resting:
+                self._waiting.add(sequence)
         self._running = SequenceQueue()
         for sequence in self._waiting:
             sequence.inflight = 0
@@ -159,11 +171,14 @@ class Scheduler:
         if not draft.work:
             return None
         ended, self._ended = tuple(self._ended), []
+        copies = tuple((source, target) for target, source in self._copies.items())
+        self._copies = {}
         self._flights[step] = draft.flight
-        return StepPlan(step, epoch, tuple(draft.work), tuple(draft.starts), ended)
+        return StepPlan(step, epoch, tuple(draft.work), tuple(draft.starts), ended, copies)
 
     def commit(self, result: StepResult) -> list[tuple[Sequence, Sampled]]:
-        """Take a step's result; returns the new token of each live sequence, already appended.
+        """Take a step's result; returns the new token of each live sequence, already appended,
+        but for one in lockstep, which rests from now on.
 
         A result of another epoch is dropped whole. A preempted sequence takes the token that was in
         flight, a removed one does not.
@@ -177,7 +192,10 @@ class Scheduler:
             if sequence.finished:
                 continue
             assert sampled.position == len(sequence.tokens)
-            sequence.tokens.append(sampled.token)
+            if sequence.lockstep:
+                self._rest(sequence)
+            else:
+                sequence.tokens.append(sampled.token)
             committed.append((sequence, sampled))
         for sequence, end in flight.values():
             sequence.inflight -= 1
@@ -186,6 +204,62 @@ class Scheduler:
             if sequence.slot is not None:
                 self._seal(sequence, end)
         return committed
+
+    def fork(
+        self, sequences: list[Sequence], children: list[tuple[Sequence, int]]
+    ) -> list[Sequence]:
+        """Let the hypotheses of a search, all of them resting, go on as `children`: each follows
+        the tokens of one of `sequences`, with one more. Returns the sequence of each child.
+
+        A parent goes on as its first child. Further children take over sequences that nothing
+        follows, and the blocks of their parent: whole ones are shared, and the last one, where
+        there is room in it, is copied. Without a slot or a block for that, they wait.
+        """
+        parents = {parent for parent, _ in children}
+        spare = [sequence for sequence in sequences if sequence not in parents]
+        for sequence in spare:
+            if sequence.slot is not None:
+                self._leave_slot(sequence)
+        heirs: list[Sequence] = []
+        for parent, _ in children:
+            if parent in parents:
+                parents.remove(parent)
+                heirs.append(parent)
+            else:
+                heirs.append(spare.pop(0))
+                self._branch(parent, heirs[-1])
+        # Only now: until here a parent's tokens are those that its other children follow.
+        for heir, (_, token) in zip(heirs, children, strict=True):
+            heir.tokens.append(token)
+            heir.resting = False
+            if heir.slot is None:
+                self._waiting.add(heir)
+            elif heir.announced:
+                self._ended.append(heir.slot)
+                heir.announced = False
+        return heirs
+
+    def _branch(self, parent: Sequence, heir: Sequence) -> None:
+        """Make `heir`, which has no slot, a second `parent`, keys and values included if it can."""
+        heir.tokens = list(parent.tokens)
+        heir.started = True
+        if parent.slot is None or not self._free_slots:
+            return
+        whole = parent.planned // self._pool.block_size
+        shared, written = parent.blocks[:whole], parent.blocks[whole:]
+        copies = self._pool.allocate(len(written))
+        if copies is None:
+            return
+        self._pool.share(shared)
+        self._copies.update(zip(copies, written, strict=True))
+        heir.blocks = shared + copies
+        heir.planned, heir.sealed = parent.planned, parent.sealed
+        self._enter_slot(heir)
+
+    def _rest(self, sequence: Sequence) -> None:
+        sequence.resting = True
+        if sequence.slot is None:  # it was preempted while the result was on its way
+            self._waiting.remove(sequence)
 
     def _plan_decodes(self, draft: _Draft) -> None:
         """Plan the running sequences that have one position to go."""
@@ -225,21 +299,16 @@ class Scheduler:
     def _admit(self, draft: _Draft) -> None:
         """Start waiting sequences, strictly in order: nobody overtakes one that finds no room."""
         for sequence in tuple(self._waiting):
-            if not draft.budget or not self._free_slots:
+            if not draft.budget:
                 break
             if self._awaits_leader(sequence):
                 continue
             # Its tokens in flight, from before it was preempted, are part of what it starts with.
-            if sequence.inflight or not self._allot(sequence):
+            if sequence.inflight or not self._find_room(sequence):
                 break
             self._waiting.remove(sequence)
-            self._running.add(sequence)
-            sequence.slot = self._free_slots.popleft()
-            tokens = struct.pack(f"<{len(sequence.tokens)}i", *sequence.tokens)
-            draft.starts.append(
-                SlotStart(sequence.slot, tokens, sequence.prompt_length, sequence.sampling)
-            )
-            draft.add(sequence, sequence.blocks)
+            self._enter_slot(sequence)
+            draft.add(sequence, [])
 
     def _awaits_leader(self, sequence: Sequence) -> bool:
         """Whether the blocks of its prompt are about to be computed by another sample of it."""
@@ -247,6 +316,19 @@ class Scheduler:
         if leader is None or leader.finished or sequence.started or not self._pool.prefix_caching:
             return False
         return leader.sealed < (sequence.prompt_length - 1) // self._pool.block_size
+
+    def _find_room(self, sequence: Sequence) -> bool:
+        """Whether there are a slot and blocks for a waiting sequence, which it then has.
+
+        Hypotheses that rest make room for others of their search, or it might never go on, and for
+        requests that come before theirs, or two searches might wait for each other.
+        """
+        while not (self._free_slots and self._allot(sequence)):
+            resting = [other for other in self._running if other.resting]
+            if not resting or resting[-1].request_order < sequence.request_order:
+                return False
+            self._preempt(resting[-1])
+        return True
 
     def _allot(self, sequence: Sequence) -> bool:
         """Give a waiting sequence blocks for all its tokens, cached ones first, or change nothing.
@@ -277,19 +359,26 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._preemptions += 1
         self._leave_slot(sequence)
-        self._waiting.add(sequence)
+        if not sequence.resting:
+            self._waiting.add(sequence)
+
+    def _enter_slot(self, sequence: Sequence) -> None:
+        self._running.add(sequence)
+        sequence.slot = self._free_slots.popleft()
 
     def _leave_slot(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
         self._running.remove(sequence)
         self._pool.free(sequence.blocks)
-        self._ended.append(sequence.slot)
+        if sequence.announced:
+            self._ended.append(sequence.slot)
         self._free_slots.append(sequence.slot)
         self._forget_stay(sequence)
 
     @staticmethod
     def _forget_stay(sequence: Sequence) -> None:
         sequence.slot = None
+        sequence.announced = False
         sequence.blocks = []
         sequence.planned = 0
         sequence.sealed = 0

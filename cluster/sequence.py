@@ -17,6 +17,10 @@ class Sequence:
     plans in flight ahead of it. `max_length` is the number of tokens, prompt included, at which it
     ends for LENGTH. Only the scheduler writes what follows `want_logits`; all but `cached_tokens`,
     `started` and `finished` describe the current stay in a slot.
+
+    One in `lockstep` is a hypothesis of a beam search: its next token is not the one that the rank
+    sampled but comes from `Scheduler.fork`. Until then it is `resting`, as is one that no hypothesis
+    was forked into yet: it is not planned, and may lose its slot and blocks to one that waits.
     """
 
     request_id: str
@@ -29,8 +33,11 @@ class Sequence:
     arrival: int = 0
     cache_salt: bytes = b""  # sequences share cached blocks only under the same salt
     leader: Sequence | None = None  # has the same prompt; this one waits to share its blocks
+    lockstep: bool = False
+    resting: bool = False
     want_logits: bool = False
     slot: int | None = None  # None while waiting
+    announced: bool = False  # the ranks know what is in the slot
     blocks: list[int] = field(default_factory=list)
     planned: int = 0  # positions planned so far, those in flight included
     sealed: int = 0  # leading blocks that are registered with the pool
@@ -43,17 +50,23 @@ class Sequence:
     def remaining(self) -> int:
         """How many positions can be planned now; 1 is a decode, 0 means that all are planned.
 
-        Where every committed token is planned, the next input is the rank's own last sample. The
-        last token is never an input, so position `max_length - 1` is never computed.
+        Where every committed token is planned, the next input is the rank's own last sample, but
+        for one in lockstep. The last token is never an input, so position `max_length - 1` is never
+        computed.
         """
         if self.planned >= self.max_length - 1:
             return 0
-        return max(1, len(self.tokens) - self.planned)
+        return max(0 if self.lockstep else 1, len(self.tokens) - self.planned)
+
+    @property
+    def request_order(self) -> tuple[int, int]:
+        """Sort key of its request: higher priority, then earlier arrival."""
+        return (-self.priority, self.arrival)
 
 
 def service_order(sequence: Sequence) -> tuple[int, int, int]:
     """Sort key: higher priority, then earlier arrival, then lower sample index."""
-    return (-sequence.priority, sequence.arrival, sequence.index)
+    return (*sequence.request_order, sequence.index)
 
 
 class SequenceQueue:

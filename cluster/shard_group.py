@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -36,7 +36,7 @@ _OBJECT_STORE_BYTES = 100 << 20
 class LocalRay:
     """A Ray of this process's own, on loopback, gone without a trace at `stop`.
 
-    `directory` takes Ray's sockets and logs, and is then the caller's to remove. Does nothing where
+    Ray's sockets and logs go below `directory`, which is the caller's to remove. Does nothing where
     the process is connected to a Ray already. `prepare_local_ray` comes before importing this.
     """
 
@@ -55,7 +55,8 @@ class LocalRay:
             log_to_driver=False,
             logging_level="warning",
             _node_ip_address="127.0.0.1",
-            _temp_dir=directory,
+            # Not `directory` itself: Ray opens what it is given to every user of the machine.
+            _temp_dir=os.path.join(directory, "ray"),
         )
 
     def stop(self) -> None:
@@ -202,8 +203,10 @@ class RayLauncher:
 def _cause(run: ray.ObjectRef[None]) -> str:
     try:
         ray.get(run)
-    except ray.exceptions.ActorDiedError as error:
-        return "its process ended: " + str(error).strip().splitlines()[0]
+    except RayTaskError as error:
+        return f"it failed: {error.cause}"
+    except OutOfMemoryError:
+        return "Ray killed it because its node was running out of memory"
     except RayError as error:
-        return str(error).strip().splitlines()[-1]
+        return f"its process ended: {str(error).strip().splitlines()[0]}"
     return "it left"

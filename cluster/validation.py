@@ -6,12 +6,13 @@ Every fault is collected, so that a client mends its request once. Field paths a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 from collections.abc import Sequence
 
 from cluster.errors import InvalidRequest, Violation
-from cluster.request import ModelInfo, Request, SamplingParams, Stopping
+from cluster.request import BeamParams, ModelInfo, Request, SamplingParams, Stopping
 from cluster.text.codec import TextCodec
 
 MAX_ID_BYTES = 128
@@ -24,6 +25,10 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 1024
 MAX_STOP_TOKENS = 256
 MAX_SEED = 2**64 - 1
+MAX_BEAM_WIDTH = 16
+MAX_LENGTH_PENALTY = 10.0
+
+_DEFAULTS = SamplingParams()
 
 
 def validate(
@@ -50,6 +55,8 @@ def validate(
     faults.integer("n", request.n, 1, max_samples)
     _check_generated(faults, request, model)
     _check_output(faults, request, model)
+    if request.beams is not None:
+        _check_beams(faults, request, request.beams, model)
     faults.raise_any()
 
 
@@ -128,9 +135,7 @@ def _check_sampling(faults: _Faults, sampling: SamplingParams, model: ModelInfo)
     faults.integer("sampling.top_k", sampling.top_k, 0, 2**32 - 1)
     faults.number("sampling.top_p", sampling.top_p, 0, 1, bounds="(]")
     faults.number("sampling.min_p", sampling.min_p, 0, 1, bounds="[)")
-    faults.number(
-        "sampling.repetition_penalty", sampling.repetition_penalty, 0, math.inf, bounds="()"
-    )
+    faults.number("sampling.repetition_penalty", sampling.repetition_penalty, 0.01, 100)
     for name in ("presence_penalty", "frequency_penalty"):
         faults.number(f"sampling.{name}", getattr(sampling, name), -MAX_PENALTY, MAX_PENALTY)
     if sampling.seed is not None:
@@ -166,6 +171,13 @@ def _check_stopping(
                 f"of {model.context}: ask for at most {model.context - length}",
             )
     _check_conditions(faults, stopping, model, has_tokenizer)
+    ends = {*stopping.token_ids, *(() if stopping.ignore_eos else model.eos_token_ids)}
+    if stopping.min_tokens and len(ends) >= model.vocabulary:
+        faults.add(
+            "stopping.min_tokens",
+            f"{stopping.min_tokens} while each of the {model.vocabulary} tokens would end the "
+            "text: set it to 0, or stop at fewer tokens",
+        )
 
 
 def _check_conditions(
@@ -243,6 +255,47 @@ def _check_output(faults: _Faults, request: Request, model: ModelInfo) -> None:
             "output.prompt_logprobs",
             "a request that goes on after generated tokens does not score its prompt again: "
             "leave prompt_logprobs out, the first attempt delivered them",
+        )
+
+
+def _check_beams(faults: _Faults, request: Request, beams: BeamParams, model: ModelInfo) -> None:
+    field = "beam_search.width"
+    if faults.integer(field, beams.width, 2, MAX_BEAM_WIDTH):
+        ends = len({*request.stopping.token_ids, *model.eos_token_ids})
+        if beams.width + ends > model.vocabulary:
+            faults.add(
+                field,
+                f"{beams.width} hypotheses cannot always go on with a vocabulary of "
+                f"{model.vocabulary}, {ends} of which end them: use a smaller width",
+            )
+        if isinstance(request.n, int) and request.n > beams.width:
+            faults.add("n", f"{request.n} of {beams.width} hypotheses: use a larger width")
+    faults.number(
+        "beam_search.length_penalty",
+        beams.length_penalty,
+        -MAX_LENGTH_PENALTY,
+        MAX_LENGTH_PENALTY,
+    )
+    for setting in dataclasses.fields(SamplingParams):
+        value = getattr(request.sampling, setting.name)
+        if value != getattr(_DEFAULTS, setting.name):
+            group = "output" if setting.name.endswith("logprobs") else "sampling"
+            faults.add(
+                f"{group}.{setting.name}",
+                f"{_quote(value)} does not go with a beam search, which draws nothing and scores "
+                "whole hypotheses: leave it out",
+            )
+    if request.stopping.strings:
+        faults.add(
+            "stopping.conditions",
+            f"the stop string {_quote(request.stopping.strings[0])} does not go with a beam "
+            "search, whose hypotheses are compared by their tokens: use stop token ids",
+        )
+    if request.generated:
+        faults.add(
+            "generated",
+            f"{len(request.generated)} tokens do not tell how a beam search goes on: leave them "
+            "out, it begins anew",
         )
 
 

@@ -7,9 +7,11 @@ tokens travel through each replica's own gRPC server. The one module of `deploy`
 # Serve looks at the builder's annotation itself: no postponed annotations in this file.
 
 import asyncio
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
+import shutil
 import sys
 import threading
 import time
@@ -156,12 +158,35 @@ def _facts(args: AppArgs, driver: Driver) -> ServerFacts:
 def serve_local() -> None:
     """The process that `deploy.local` starts: the application on a Ray of its own, loopback only.
 
-    The first line on stdin is a `LocalRun`; the end of stdin says that it is time to stop, be it
-    that the parent asks for it or is dead. Its words go to the start report.
+    The first line on stdin is a `LocalRun`; the next one, or the end of stdin, says that it is time
+    to stop, be it that the parent asks for it or is dead. Its words go to the start report.
     """
     run = LocalRun.model_validate_json(sys.stdin.readline())
-    stop = threading.Event()
-    threading.Thread(target=_await_end, args=(stop,), daemon=True).start()
+    stop, abandoned = threading.Event(), threading.Event()
+    threading.Thread(target=_await_end, args=(stop, abandoned), daemon=True).start()
+    try:
+        _start(run, stop)
+        stop.wait()
+        # Whatever does not end in order is killed by the parent, or below.
+        with contextlib.suppress(Exception):
+            handle = serve.get_app_handle(APPLICATION)
+            handle.stop.remote().result(timeout_s=run.args.server.drain_timeout_s + _CALL_SECONDS)
+    finally:
+        if abandoned.is_set():
+            ray.shutdown()
+            shutil.rmtree(run.directory, ignore_errors=True)
+    # Ray takes seconds to shut down, and its processes have nothing left to keep: the kernel ends
+    # them with this one, and the parent sees to the rest.
+    os._exit(0)
+
+
+def _await_end(stop: threading.Event, abandoned: threading.Event) -> None:
+    if not sys.stdin.readline():
+        abandoned.set()
+    stop.set()
+
+
+def _start(run: LocalRun, stop: threading.Event) -> None:
     try:
         report(Progress(phase="starting Ray"))
         LocalRay(local_cpus(run.args.cluster, besides=REPLICA_CPUS), run.directory)
@@ -172,19 +197,6 @@ def serve_local() -> None:
     except Exception as error:
         report(failure(error))
         raise
-    stop.wait()
-    try:
-        handle = serve.get_app_handle(APPLICATION)
-        handle.stop.remote().result(timeout_s=run.args.server.drain_timeout_s + _CALL_SECONDS)
-    finally:
-        # Ray takes seconds to shut down, and its processes have nothing left to keep: the kernel
-        # ends them with this one, and the parent sees to the rest.
-        os._exit(0)
-
-
-def _await_end(stop: threading.Event) -> None:
-    sys.stdin.read()
-    stop.set()
 
 
 def _deploy(args: AppArgs, stop: threading.Event) -> None:

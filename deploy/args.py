@@ -40,8 +40,13 @@ class AppArgs(BaseModel):
         return sections
 
 
+END = b"end\n"
+"""The last line that `deploy.local` sends to the process that runs Ray: it removes the directory
+itself. Where the pipe ends without it, that process is all that is left."""
+
+
 class LocalRun(BaseModel):
-    """What `deploy.local` tells the process that runs Ray; `directory` takes sockets and logs."""
+    """The first line; `directory` takes sockets and logs."""
 
     args: AppArgs
     directory: str

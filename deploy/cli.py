@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from deploy.commands.bench import bench
 from deploy.commands.chat import chat
 from deploy.commands.generate import generate
 from deploy.commands.serve import serve
 from deploy.commands.status import status
 from deploy.plan import plan
+from deploy.signals import Interrupted
 from deploy.version import version as version_of_headwise
 from shards.errors import HeadwiseError
 
@@ -25,6 +27,7 @@ app = typer.Typer(
 )
 for command in (serve, plan, generate, chat, status):
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 def _version(wanted: bool) -> None:
@@ -46,6 +49,9 @@ def main() -> None:
     """What goes wrong in a way that a user can mend is one sentence on stderr, and exit code 1."""
     try:
         app()
+    except Interrupted as error:
+        typer.echo(f"headwise: {error}", err=True)
+        sys.exit(error.exit_code)
     except HeadwiseError as error:
         typer.echo(f"headwise: {error}", err=True)
         sys.exit(1)

@@ -16,6 +16,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from cluster.errors import Violation
 from cluster.request import (
+    BeamParams,
     FinishReason,
     Health,
     HealthState,
@@ -89,6 +90,17 @@ def stopping(message: inference_pb2.Stopping) -> tuple[Stopping, list[Violation]
     return Stopping(strings=tuple(strings), token_ids=tuple(token_ids), **given), faults
 
 
+def beam_params(message: inference_pb2.GenerateRequest) -> BeamParams | None:
+    """The search that is asked for, if one is."""
+    if not message.HasField("beam_search"):
+        return None
+    beams = message.beam_search
+    given: dict[str, Any] = _present(beams, ("early_stopping",))
+    if beams.HasField("length_penalty"):
+        given["length_penalty"] = _shortest(beams.length_penalty)
+    return BeamParams(beams.width, **given)
+
+
 def chat_messages(messages: Iterable[inference_pb2.ChatMessage]) -> list[Mapping[str, str]]:
     """A conversation as chat templates take it."""
     return [{"role": message.role, "content": message.content} for message in messages]
@@ -158,9 +170,10 @@ def finish(
     usage: Usage | None,
     timing: Timing | None,
     seed: int | None,
+    score: float | None = None,
 ) -> inference_pb2.Finish:
     """How a sample ended. DEADLINE has no place here: it is a status, not a finish."""
-    message = inference_pb2.Finish(reason=_FINISH[reason], seed=seed or 0)
+    message = inference_pb2.Finish(reason=_FINISH[reason], seed=seed or 0, score=score)
     if isinstance(matched, str):
         message.matched.text = matched
     elif matched is not None:

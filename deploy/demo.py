@@ -16,6 +16,7 @@ from deploy.args import AppArgs
 from deploy.local import local_application
 from deploy.preflight import check
 from deploy.progress import shown_progress
+from deploy.signals import Interrupted, stop_signals
 from deploy.start_report import Ready
 from shards.errors import HeadwiseError
 
@@ -40,13 +41,11 @@ def demo(
         }
     )
     started = time.monotonic()
-    with shown_progress() as show:
+    with stop_signals() as stop, shown_progress() as show:
         show.phase("checking the model and the split")
         check(args.cluster, args.server)
-        with local_application(args, show) as application:
+        with local_application(args, show, stop) as application:
             show.stop()
-            if application.ready is None:
-                raise typer.Exit(130)
             console.print(_ranks(application.ready))
             console.print(f"Up after {time.monotonic() - started:.1f} s.\n")
             _ask(console, application.ready.grpc, question, max_tokens)
@@ -92,6 +91,9 @@ def _ask(console: Console, address: str, question: str, max_tokens: int) -> None
 def main() -> None:
     try:
         typer.run(demo)
+    except Interrupted as error:
+        typer.echo(f"demo: {error}", err=True)
+        sys.exit(error.exit_code)
     except (HeadwiseError, headwise.HeadwiseError) as error:
         typer.echo(f"demo: {error}", err=True)
         sys.exit(1)

@@ -9,29 +9,27 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import psutil
 
 from cluster.errors import StartupError
 from cluster.ray_environment import LOCAL_RAY
 from deploy import start_report, telemetry
-from deploy.args import AppArgs, LocalRun
+from deploy.args import END, AppArgs, LocalRun
+from deploy.signals import StopSignals
 from deploy.start_report import Failed, Progress, Ready, StartReport
 from shards.errors import HeadwiseError
 
 _POLL_SECONDS = 0.1
-# On top of `drain_timeout_s`: what an orderly end may take before processes are killed.
-_END_SECONDS = 1.2
+# On top of `drain_timeout_s`: what an orderly end may take before processes are killed. With the
+# default drain, 2 s, everything is gone in less than 5 s, also on a machine that has much to do.
+_END_SECONDS = 1.8
 _KILL_SECONDS = 2
 _CHILD = "from deploy.app import serve_local; serve_local()"
 
@@ -41,10 +39,10 @@ class LocalError(HeadwiseError):
 
 
 class LocalApplication:
-    """One run of the application, until the event `stop`. `ready` is None until it answers."""
+    """One run of the application, until a signal."""
 
-    def __init__(self, args: AppArgs, stop: threading.Event) -> None:
-        self.ready: Ready | None = None
+    def __init__(self, args: AppArgs, stop: StopSignals) -> None:
+        self._ready: Ready | None = None
         self._args = args
         self._directory = Path(tempfile.mkdtemp(prefix="headwise-"))
         self._stop = stop
@@ -53,7 +51,7 @@ class LocalApplication:
         self._log.touch()
         self._logged = 0
         self._following = False
-        self._words = self._directory / "ray"
+        self._words = self._directory / "words"
         environment = os.environ | LOCAL_RAY
         environment[start_report.VARIABLE] = str(self._report.path)
         environment[telemetry.LOG_FILE] = str(self._log)
@@ -71,8 +69,14 @@ class LocalApplication:
         self._child.stdin.write(run.model_dump_json().encode() + b"\n")
         self._child.stdin.flush()
 
+    @property
+    def ready(self) -> Ready:
+        """Where it listens, and what it serves; known from `start` on."""
+        assert self._ready is not None
+        return self._ready
+
     def start(self, on_progress: Callable[[Progress], None]) -> None:
-        """Wait until the replica answers or `stop` is set. Raises `StartupError`."""
+        """Wait until the replica answers. Raises `StartupError`, or `Interrupted` by a signal."""
         while not self._stop.wait(_POLL_SECONDS):
             ended = self._child.poll() is not None
             for event in self._report.new_events():
@@ -82,14 +86,15 @@ class LocalApplication:
                     sys.stderr.write(event.trace)
                     raise StartupError(event.message)
                 else:
-                    self.ready = event
+                    self._ready = event
                     return
             if ended:
                 sys.stderr.write(self._words.read_text(errors="replace"))
                 raise StartupError("Ray could not be started; its words are above")
+        self._stop.raise_any()
 
     def wait(self) -> None:
-        """Until `stop` is set; meanwhile the replica's log goes to stderr. Raises `LocalError`
+        """Until a signal comes; meanwhile the replica's log goes to stderr. Raises `LocalError`
         if Ray ends by itself."""
         self._following = True
         while not self._stop.wait(_POLL_SECONDS):
@@ -100,13 +105,15 @@ class LocalApplication:
 
     def close(self) -> None:
         """End everything, in order where something was running, and remove the directory."""
+        deadline = time.monotonic() + self._args.server.drain_timeout_s + _END_SECONDS
         assert self._child.stdin is not None
         tree = _Tree(self._child.pid)
         with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.write(END)
             self._child.stdin.close()
-        if self.ready is not None:
+        if self._ready is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._child.wait(self._args.server.drain_timeout_s + _END_SECONDS)
+                self._child.wait(max(0, deadline - time.monotonic()))
         tree.kill()
         self._child.wait()
         if self._following:
@@ -123,30 +130,17 @@ class LocalApplication:
 
 @contextlib.contextmanager
 def local_application(
-    args: AppArgs, on_progress: Callable[[Progress], None]
+    args: AppArgs, on_progress: Callable[[Progress], None], stop: StopSignals
 ) -> Iterator[LocalApplication]:
-    """The running application; `ready` is None if SIGINT or SIGTERM came during the start.
-
-    For the main thread: both signals end the run in order.
-    """
-    stop = threading.Event()
-
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    handlers: dict[int, Any] = {
-        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    """The running application. Raises `StartupError`, or `Interrupted` by a signal during the
+    start; nothing is left then."""
+    stop.raise_any()
+    application = LocalApplication(args, stop)
     try:
-        application = LocalApplication(args, stop)
-        try:
-            application.start(on_progress)
-            yield application
-        finally:
-            application.close()
+        application.start(on_progress)
+        yield application
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        application.close()
 
 
 class _Tree:

@@ -62,7 +62,8 @@ class SlotWork(msgspec.Struct, frozen=True, array_like=True):
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """One step of the whole group: first `end` frees slots, then blocks are copied (source,
-    target) for sequences that part ways inside a block, then `start` and `work`."""
+    target; all are read before any is written) for sequences that part ways inside a block, then
+    `start` and `work`."""
 
     step: int
     epoch: int
@@ -83,8 +84,14 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: tuple[float, ...] = ()
 
 
+NO_TOKEN = -1
+"""In place of a sampled token: none could be picked, since the logits hold NaN or infinity, or
+every token is barred. The other slots of the step are none the worse for it."""
+
+
 class Sampled(msgspec.Struct, frozen=True, array_like=True):
-    """`position` is the sampled token's own. `logits` is float32 little-endian [vocabulary]."""
+    """`position` is the sampled token's own; `token` may be `NO_TOKEN`. `logits` is float32
+    little-endian [vocabulary]."""
 
     slot: int
     position: int

@@ -23,9 +23,18 @@ class LayerCache:
     def write(
         self, k_TKH: torch.Tensor, v_TKH: torch.Tensor, blocks_T: torch.Tensor, at_T: torch.Tensor
     ) -> None:
-        """Store each token's keys and values at its block and offset."""
+        """Store each token's keys and values at its block and offset.
+
+        Values are made finite: a masked position weighs 0, and 0 x NaN would reach whoever takes
+        over the block of a sequence that went wrong.
+        """
         self.keys[blocks_T, :, at_T] = k_TKH
-        self.values[blocks_T, :, at_T] = v_TKH
+        self.values[blocks_T, :, at_T] = v_TKH.nan_to_num()
+
+    def copy(self, sources_N: torch.Tensor, targets_N: torch.Tensor) -> None:
+        """Copy whole blocks. All are read before any is written; targets are distinct."""
+        self.keys[targets_N] = self.keys[sources_N]
+        self.values[targets_N] = self.values[sources_N]
 
 
 def allocate(

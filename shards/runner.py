@@ -84,6 +84,7 @@ class Runner:
         for slot in plan.end:
             if self._sampler is not None:
                 self._sampler.end(slot)
+        self._copy(plan.copy)
         for start in plan.start:
             tokens = self._slots.start(start)
             if self._sampler is not None:
@@ -95,6 +96,13 @@ class Runner:
         prompt_logprobs = self._prompt_logprobs(plan.work, hidden_TD, timer)
         sampled = self._sample(plan.work, hidden_TD, timer)
         return StepResult(plan.step, plan.epoch, sampled, prompt_logprobs, timer.seconds())
+
+    def _copy(self, pairs: tuple[tuple[int, int], ...]) -> None:
+        if not pairs:
+            return
+        sources_N, targets_N = self._tensor(np.array(pairs).T)
+        for cache in self._caches:
+            cache.copy(sources_N, targets_N)
 
     def _batch(self, work: tuple[SlotWork, ...]) -> Batch:
         slots = np.array([item.slot for item in work])
@@ -179,7 +187,8 @@ class Runner:
             tokens_S = torch.empty(len(items), dtype=torch.int64, device=self._device)
         else:
             tokens, logprobs = self._sampler.sample(logits_SV, slots, positions)
-            tokens_S = torch.tensor(tokens, dtype=torch.int64, device=self._device)
+            # A slot without a token ends; until then any will do.
+            tokens_S = torch.tensor(tokens, dtype=torch.int64, device=self._device).clamp_(min=0)
             sampled = tuple(
                 Sampled(
                     item.slot,

@@ -36,6 +36,11 @@ _SAMPLING = (
     "seed",
 )
 _STOPPING = ("max_tokens", "min_tokens", "ignore_eos", "include_stop")
+_BEAM_SEARCH = {
+    "beam_width": "width",
+    "length_penalty": "length_penalty",
+    "early_stopping": "early_stopping",
+}
 _OUTPUT = ("logprobs", "prompt_logprobs", "echo", "skip_text", "skip_special_tokens")
 
 _LIMITS = {
@@ -78,6 +83,11 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateReq
         request.token_ids.SetInParent()
         _extend(request.token_ids.ids, prompt, "prompt", faults)
     _apply(request, options, faults)
+    given: Mapping[str, object] = {**options}
+    for option, field in _BEAM_SEARCH.items():
+        if given.get(option) is not None:
+            request.beam_search.SetInParent()
+            _set(request.beam_search, field, given[option], faults, argument=option)
     faults.check()
     return request
 

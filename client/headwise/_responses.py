@@ -86,6 +86,7 @@ class Gathering:
                     matched=sample.finish.matched,
                     usage=sample.finish.usage,
                     seed=sample.finish.seed,
+                    score=sample.finish.score,
                 )
             )
         return types.Completion(
@@ -257,6 +258,7 @@ def _finish(message: inference_pb2.Finish) -> types.Finish:
             total_seconds=usage.total_seconds,
         ),
         seed=message.seed,
+        score=message.score if message.HasField("score") else None,
     )
 
 

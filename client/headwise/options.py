@@ -110,6 +110,15 @@ class ChatOptions(TypedDict, total=False):
 class GenerateOptions(ChatOptions, total=False):
     """Options of `generate` and `stream`."""
 
+    beam_width: int | None
+    """Search for the likeliest continuation with this many hypotheses, 2 to 16, instead of
+    sampling one. The `n` best come whole, the best first, each with its `score`. Leave sampling
+    options out."""
+    length_penalty: float | None
+    """With `beam_width`: a hypothesis' score is its log probability over its length to this power;
+    1 by default."""
+    early_stopping: bool | None
+    """With `beam_width`: stop as soon as there are that many finished hypotheses."""
     prompt_logprobs: int | None
     """As `logprobs`, for the tokens of the prompt."""
     echo: bool | None

@@ -89,13 +89,15 @@ class Finish(_Frozen):
     """How a sample ended.
 
     `matched` is the stop string or the id of the stop or end token that was met, if any. `seed` is
-    the one that was used: give it again to draw the same tokens.
+    the one that was used: give it again to draw the same tokens. `score` is that of a hypothesis of
+    a beam search.
     """
 
     reason: FinishReason
     matched: str | int | None
     usage: Usage
     seed: int
+    score: float | None = None
 
 
 class Delta(_Frozen):
@@ -125,6 +127,7 @@ class Choice(_Frozen):
     matched: str | int | None
     usage: Usage
     seed: int
+    score: float | None = None
 
     @property
     def message(self) -> ChatMessage:

@@ -32,6 +32,7 @@ class TextDelta:
     usage: Usage | None = None
     timing: Timing | None = None
     seed: int | None = None
+    score: float | None = None
 
 
 class TextStream:
@@ -91,6 +92,7 @@ class TextStream:
                 event.usage,
                 event.timing,
                 event.seed,
+                event.score,
             )
         if event.finish is None:
             self._stream.finish_sample(event.index)

@@ -12,7 +12,7 @@ import typer
 from shards.errors import HeadwiseError
 
 if TYPE_CHECKING:
-    from headwise import Client
+    from headwise import Client, TLSOptions
 
 Address = Annotated[
     str, typer.Option("--address", "-a", envvar="HEADWISE_ADDRESS", help="host:port of the server.")
@@ -49,23 +49,44 @@ def connect(
     """An SDK client; raises `CallFailed` for whatever the SDK raises."""
     import headwise
 
-    try:
-        tls = (
-            headwise.TLSOptions(
-                root_certificates=tls_ca, certificate_chain=tls_certificate, private_key=tls_key
-            )
-            if tls_ca is not None or tls_certificate is not None
-            else None
-        )
-        token = None
-        if token_file is not None:
-            lines = token_file.read_text().split()
-            if not lines:
-                raise CallFailed(f"--token-file {token_file} holds no token")
-            token = lines[0]
+    with errors_of(address):
+        token, tls = credentials(token_file, tls_ca, tls_certificate, tls_key)
         with headwise.Client(address, token=token, tls=tls, timeout=timeout) as client:
             yield client
+
+
+@contextlib.contextmanager
+def errors_of(address: str) -> Iterator[None]:
+    """Turns what the SDK raises in its body into `CallFailed`."""
+    import headwise
+
+    try:
+        yield
     except headwise.HeadwiseError as error:
         raise CallFailed(f"{address}: {error}") from error
     except (ValueError, OSError) as error:
         raise CallFailed(str(error)) from error
+
+
+def credentials(
+    token_file: Path | None,
+    tls_ca: Path | None,
+    tls_certificate: Path | None,
+    tls_key: Path | None,
+) -> tuple[str | None, TLSOptions | None]:
+    """The token and the TLS options of an SDK client; raises `CallFailed`, OSError, ValueError."""
+    import headwise
+
+    tls = (
+        headwise.TLSOptions(
+            root_certificates=tls_ca, certificate_chain=tls_certificate, private_key=tls_key
+        )
+        if tls_ca is not None or tls_certificate is not None
+        else None
+    )
+    if token_file is None:
+        return None, tls
+    words = token_file.read_text().split()
+    if not words:
+        raise CallFailed(f"--token-file {token_file} holds no token")
+    return words[0], tls

@@ -91,13 +91,12 @@ def serve(
     from deploy.local import local_application
     from deploy.preflight import check
     from deploy.progress import shown_progress
+    from deploy.signals import stop_signals
 
-    with shown_progress() as show:
+    with stop_signals() as stop, shown_progress() as show:
         show.phase("checking the model and the split")
         check(args.cluster, args.server)
-        with local_application(args, show) as application:
-            if application.ready is None:
-                return
+        with local_application(args, show, stop) as application:
             show.stop()
             typer.echo((_as_json if as_json else _as_text)(application.ready))
             sys.stdout.flush()

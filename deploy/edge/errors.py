@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from cluster.errors import InvalidRequest, Overloaded, Unavailable, Violation
+from cluster.errors import InvalidRequest, NoToken, Overloaded, Unavailable, Violation
 from shards.errors import HeadwiseError
 
 REQUEST_ID = "headwise-request-id"
@@ -60,6 +60,8 @@ def status_of(error: Exception) -> Status:
         return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), (retry,))
     if isinstance(error, Unavailable):
         return Status(grpc.StatusCode.UNAVAILABLE, str(error))
+    if isinstance(error, NoToken):
+        return Status(grpc.StatusCode.FAILED_PRECONDITION, str(error))
     if isinstance(error, UnknownModel):
         return Status(grpc.StatusCode.NOT_FOUND, str(error))
     if isinstance(error, Unauthenticated):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -53,7 +54,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             )
         elif kind == "conversation":
             ids = await self._texts.render(
-                codec.chat_messages(request.conversation.messages), field="conversation.messages"
+                request.conversation.messages, field="conversation.messages"
             )
         else:
             raise InvalidRequest(Violation("input", "not set: set text or conversation"))
@@ -65,7 +66,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         check_model(request.model, self._generator.model)
         skip = request.skip_special_tokens
         text = await self._texts.decode(
-            tuple(request.token_ids),
+            request.token_ids,
             skip_special_tokens=skip if request.HasField("skip_special_tokens") else True,
             field="token_ids",
         )
@@ -88,7 +89,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 skip_special_tokens=intake.skip_special_tokens,
             )
             async for delta in deltas:
-                message = self._response(delta, intake, first=delta.index not in begun)
+                message = await self._texts.build(
+                    _spelled_tokens(delta),
+                    partial(self._response, delta, intake, first=delta.index not in begun),
+                )
                 begun.add(delta.index)
                 if delta.finish is FinishReason.DEADLINE:
                     raise DeadlineExceeded("the call's deadline passed before the last token")
@@ -114,7 +118,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             )
         if delta.finish is not None and delta.finish is not FinishReason.DEADLINE:
             message.finish.CopyFrom(
-                codec.finish(delta.finish, delta.matched, delta.usage, delta.timing, delta.seed)
+                codec.finish(
+                    delta.finish,
+                    delta.matched,
+                    delta.usage,
+                    delta.timing,
+                    delta.seed,
+                    delta.score,
+                )
             )
         return message
 
@@ -122,6 +133,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 def _deadline(context: Context) -> float | None:
     left = context.time_remaining()
     return None if left is None else time.monotonic() + left
+
+
+def _spelled_tokens(delta: TextDelta) -> int:
+    """How many tokens its log probabilities name, each with its text."""
+    entries = (*delta.logprobs, *(delta.prompt_logprobs or ()))
+    return sum(1 + (0 if entry is None else len(entry.top_tokens)) for entry in entries)
 
 
 def _no_text(_token: int) -> str:

@@ -91,7 +91,7 @@ async def take_chat(
     faults: list[Violation] = []
     prompt: tuple[int, ...] | None = None
     try:
-        prompt = await texts.render(codec.chat_messages(message.messages), field="messages")
+        prompt = await texts.render(message.messages, field="messages")
     except InvalidRequest as error:
         faults.extend(error.violations)
     if message.output.echo:
@@ -127,6 +127,7 @@ def _intake(
         generated=tuple(message.generated.ids),
         deadline=deadline,
         priority=message.priority,
+        beams=codec.beam_params(message),
     )
     has_tokenizer = texts.codec is not None
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -12,11 +12,18 @@ from cluster.errors import InvalidRequest, Overloaded, Violation
 from cluster.request import ModelInfo
 from cluster.text import TextCodec
 from cluster.validation import max_prompt_bytes
+from deploy import codec
+from headwise.v1 import inference_pb2
 
 T = TypeVar("T")
 
-# Some milliseconds of tokenising: as long as the loop may stand still.
+# Some milliseconds of work: as long as the loop may stand still.
 _INLINE_BYTES = 4096
+_INLINE_TOKENS = 512
+# What a chat template spends on a message besides its words, in bytes of text to tokenize.
+_MESSAGE_BYTES = 16
+_MOST_MESSAGES = 4096
+_MOST_ROLE_BYTES = 64
 _THREADS = 2
 _MOST_WAITING = 64
 
@@ -24,38 +31,50 @@ _MOST_WAITING = 64
 class Texts:
     """A model's codec behind a bounded pool of threads.
 
-    `codec` is None for a model without a tokenizer: text is then an `InvalidRequest`.
+    The codec is None for a model without a tokenizer: text is then an `InvalidRequest`.
     """
 
-    def __init__(self, codec: TextCodec | None, model: ModelInfo) -> None:
-        self.codec = codec
+    def __init__(self, tokenizer: TextCodec | None, model: ModelInfo) -> None:
+        self.codec = tokenizer
         self._model = model
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
         self._room = threading.BoundedSemaphore(_MOST_WAITING)
-        self._most_bytes = 0 if codec is None else max_prompt_bytes(codec, model)
+        self._most_bytes = 0 if tokenizer is None else max_prompt_bytes(tokenizer, model)
 
     @property
     def has_chat_template(self) -> bool:
         return self.codec is not None and self.codec.has_chat_template
 
     async def encode(self, text: str, *, add_special_tokens: bool, field: str) -> tuple[int, ...]:
-        codec = self._require(field, "send token ids instead")
+        tokenizer = self._require(field, "send token ids instead")
         size = self._check_size(len(text.encode()), field)
-        return tuple(await self._run(size, lambda: codec.encode(text, add_special_tokens)))
+        return tuple(await self._run(size, lambda: tokenizer.encode(text, add_special_tokens)))
 
-    async def render(self, messages: Sequence[Mapping[str, str]], *, field: str) -> tuple[int, ...]:
-        codec = self._require(field, "render the conversation yourself and send token ids")
-        if not codec.has_chat_template:
+    async def render(
+        self, conversation: Sequence[inference_pb2.ChatMessage], *, field: str
+    ) -> tuple[int, ...]:
+        tokenizer = self._require(field, "render the conversation yourself and send token ids")
+        if not tokenizer.has_chat_template:
             raise InvalidRequest(
                 Violation(field, f"{self._model.name} has no chat template: use Generate")
             )
-        if not messages:
-            raise InvalidRequest(Violation(field, "no messages: send at least one"))
-        size = self._check_size(sum(len(m["content"].encode()) for m in messages), field)
-        return tuple(await self._run(size, lambda: codec.render_chat(messages)))
+        _check_messages(conversation, field)
+        messages = codec.chat_messages(conversation)
+        text = sum(len(m["role"].encode()) + len(m["content"].encode()) for m in messages)
+        size = self._check_size(text, field) + len(messages) * _MESSAGE_BYTES
+        return tuple(await self._run(size, lambda: tokenizer.render_chat(messages)))
 
     async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool, field: str) -> str:
-        codec = self._require(field, "turn the ids into text yourself")
+        tokenizer = self._require(field, "turn the ids into text yourself")
+        if len(ids) > self._model.context:
+            raise InvalidRequest(
+                Violation(
+                    field,
+                    f"{len(ids)} tokens are more than the context of {self._model.context}: send "
+                    "them in parts",
+                )
+            )
+        ids = tuple(ids)
         wrong = next((i for i, token in enumerate(ids) if token >= self._model.vocabulary), None)
         if wrong is not None:
             raise InvalidRequest(
@@ -65,7 +84,14 @@ class Texts:
                     f"{self._model.vocabulary - 1}",
                 )
             )
-        return await self._run(len(ids), lambda: codec.decode(ids, skip_special_tokens))
+        return await self._run(len(ids), lambda: tokenizer.decode(ids, skip_special_tokens))
+
+    async def build(self, tokens: int, work: Callable[[], T]) -> T:
+        """What `work` makes, which spells out that many tokens. Never refused for want of room:
+        only a running request builds answers, and of those there is a limit."""
+        if tokens <= _INLINE_TOKENS:
+            return work()
+        return await asyncio.wrap_future(self._threads.submit(work))
 
     def token_text(self, token: int) -> str:
         return self.codec.token_text(token) if self.codec is not None else ""
@@ -101,3 +127,27 @@ class Texts:
         # The thread's own end, not the caller's: after a cancellation the thread is still at work.
         job.add_done_callback(lambda _: self._room.release())
         return await asyncio.wrap_future(job)
+
+
+def _check_messages(messages: Sequence[inference_pb2.ChatMessage], field: str) -> None:
+    """Before anything is done with each: a message costs time also where it has no text."""
+    if not messages:
+        raise InvalidRequest(Violation(field, "no messages: send at least one"))
+    if len(messages) > _MOST_MESSAGES:
+        raise InvalidRequest(
+            Violation(
+                field,
+                f"{len(messages)} messages are more than {_MOST_MESSAGES}: leave out or join the "
+                "oldest ones",
+            )
+        )
+    for position, message in enumerate(messages):
+        size = len(message.role.encode())
+        if size > _MOST_ROLE_BYTES:
+            raise InvalidRequest(
+                Violation(
+                    f"{field}[{position}].role",
+                    f"{size} bytes are more than {_MOST_ROLE_BYTES}: use a role that the model's "
+                    'chat template knows, such as "user"',
+                )
+            )

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from shards.contract import Logprobs, Sampling
+from shards.contract import NO_TOKEN, Logprobs, Sampling
 from shards.errors import HeadwiseError
 from shards.sampling.adjustments import Adjustments
 from shards.sampling.logprobs import token_logprobs
@@ -30,7 +30,7 @@ _PROMPT_ELEMENTS = 1 << 24
 
 
 class SamplingError(HeadwiseError):
-    """No token can be picked for `slot`: every token is barred, or the logits are not numbers."""
+    """Parameters of `slot` with which no token could ever be picked; the driver refuses them."""
 
     def __init__(self, message: str, slot: int) -> None:
         super().__init__(message)
@@ -76,7 +76,8 @@ class Sampler:
         """The next token of each slot, and its log probabilities where the slot asks for them.
 
         `logits_SV` float32, not modified. `positions` are those of the tokens being picked. Each
-        token counts as generated from here on. Raises `SamplingError`.
+        token counts as generated from here on. `NO_TOKEN` stands where none can be picked: the
+        slot's logits hold NaN or infinity, or every token is barred.
         """
         at = np.asarray(slots, np.int64)
         scores_SV = self._adjustments.apply(logits_SV, slots, positions)
@@ -91,13 +92,15 @@ class Sampler:
                 at[random],
                 np.asarray(positions, np.int64)[random],
             )
-        tokens: list[int] = picked_S.tolist()
         # argmax takes NaN for the largest, so the highest score tells of any fault in the row.
-        usable = torch.isfinite(highest_S).tolist()
-        if not all(usable):
-            raise self._unusable(slots[usable.index(False)], positions[usable.index(False)])
+        usable_S = torch.isfinite(highest_S)
+        tokens: list[int] = picked_S.masked_fill_(~usable_S, 0).tolist()
         self._adjustments.record(slots, tokens)
-        return tokens, self._logprobs_of(logits_SV, at, tokens)
+        logprobs = self._logprobs_of(logits_SV, at, tokens)
+        usable = usable_S.tolist()
+        if not all(usable):
+            tokens = [t if ok else NO_TOKEN for t, ok in zip(tokens, usable, strict=True)]
+        return tokens, logprobs
 
     def prompt_logprobs(
         self, logits_TV: torch.Tensor, next_tokens: Sequence[int] | np.ndarray, top_n: int
@@ -159,13 +162,6 @@ class Sampler:
                 "set min_tokens to 0 or stop at fewer tokens",
                 slot,
             )
-
-    def _unusable(self, slot: int, position: int) -> SamplingError:
-        return SamplingError(
-            f"no token can be picked at position {position}: the logits hold NaN or infinity, or "
-            "every token is barred; check the checkpoint's values and dtype, and logit_bias",
-            slot,
-        )
 
     def _move(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)

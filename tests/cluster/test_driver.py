@@ -15,7 +15,7 @@ import torch
 from cluster.blueprint import draw_up
 from cluster.config import ClusterConfig
 from cluster.driver import Driver
-from cluster.errors import InvalidRequest, Overloaded, StartupError, Unavailable
+from cluster.errors import InvalidRequest, NoToken, Overloaded, StartupError, Unavailable
 from cluster.request import (
     FinishReason,
     HealthState,
@@ -270,6 +270,39 @@ def test_a_rank_that_fails_ends_streams_with_its_name(
     with pytest.raises(Unavailable, match="rank 1"):
         driver.submit(request("after", [1]))
     driver.stop()
+
+
+def test_logits_that_are_no_numbers_end_their_own_request_only(tmp_path: Path) -> None:
+    """A token whose embedding is NaN: who has it in the prompt ends, and leaves nothing behind in
+    the cache blocks that others take over."""
+    model = tiny_model("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[100] = torch.nan
+    save(model, tmp_path)
+    driver = start(tmp_path, max_sequences=3, prefix_caching=False, kv_memory=40 << 10)
+    try:
+        good = [request(f"g{i}", [i + 1] * 5, 20) for i in range(2)]
+        expected = [tokens_of(list(driver.submit(r))) for r in good]
+        assert not any(100 in tokens for tokens in expected)
+        streams = [driver.submit(r) for r in good]
+        poisoned = driver.submit(request("bad", [3, 100, 3] * 8, 20, n=2))
+        with pytest.raises(NoToken, match="position 24"):
+            list(poisoned)
+        assert [tokens_of(list(stream)) for stream in streams] == expected
+        assert [tokens_of(list(driver.submit(r))) for r in good] == expected
+        idle(driver)
+        assert driver.load().kv_blocks_used == 0
+    finally:
+        driver.stop()
+
+
+def test_a_deadline_years_away_is_just_a_deadline(driver: Driver) -> None:
+    far = time.monotonic() + 10 * 365 * 86400
+    first = list(driver.submit(request("far", [1], 3, deadline=far)))
+    again = driver.submit(request("far-again", [1], 3, deadline=far))
+    assert tokens_of(list(again)) == tokens_of(first)
+    idle(driver)
+    assert driver.health().state is HealthState.READY
 
 
 def test_stop_ends_open_streams(model_dir: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from cluster import ClusterConfig, Engine, Generation, InvalidRequest
 from cluster.request import FinishReason
@@ -56,6 +59,38 @@ def test_every_fault_is_named_before_anything_runs(engine: Engine) -> None:
 def test_text_without_a_tokenizer_is_refused(engine: Engine) -> None:
     with pytest.raises(InvalidRequest, match="no tokenizer"):
         engine.generate("hello")
+
+
+@pytest.mark.parametrize(
+    "prompt", [np.array([1, 2, 3]), torch.tensor([1, 2, 3]), [np.int64(1), 2, 3], (1, 2, 3)]
+)
+def test_ids_may_come_as_people_have_them(engine: Engine, prompt: Any) -> None:
+    options = {"temperature": np.float32(0.5), "seed": np.uint64(3), "max_tokens": np.int64(4)}
+    expected = engine.generate([1, 2, 3], temperature=0.5, seed=3, max_tokens=4)
+    assert engine.generate(prompt, **options).token_ids == expected.token_ids
+    assert engine.generate([prompt, prompt], **options)[1].token_ids == expected.token_ids
+    assert engine.generate([]) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "field"),
+    [
+        (None, {}, "prompt"),
+        (b"bytes", {}, "prompt"),
+        ([[1], []], {}, "prompt"),
+        ([[1], 2], {}, "prompt"),
+        ([1], {"stop": [1]}, "stop"),
+        ([1], {"stop_token_ids": 5}, "stop_token_ids"),
+        ([1], {"logit_bias": [1]}, "logit_bias"),
+        ([1], {"min_tokens": 2, "stop_token_ids": range(131)}, "stopping.min_tokens"),
+    ],
+)
+def test_what_cannot_be_meant_names_its_field(
+    engine: Engine, prompt: Any, options: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        engine.generate(prompt, **options)
+    assert field in {violation.field for violation in refused.value.violations}
 
 
 def test_a_killed_rank_is_named(engine: Engine) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -256,16 +257,34 @@ def test_a_signal_ends_the_server_and_leaves_nothing(model: Path, number: signal
     server.folder.rmdir()
 
 
-def test_a_signal_during_the_start_leaves_nothing(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_start_leaves_nothing(model: Path, number: signal.Signals) -> None:
     folder = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))
     process = headwise("serve", "--model", model, "--grpc-port", "0", TMPDIR=str(folder))
     until(lambda: bool(list(folder.iterdir())), "its directory is there")
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, err = process.communicate(timeout=END_SECONDS)
 
-    assert (process.returncode, out) == (0, ""), err
+    assert (process.returncode, out) == (128 + number, ""), err
+    assert err == f"headwise: {number.name} during the start: everything is stopped\n"
     assert list(folder.iterdir()) == []
     folder.rmdir()
+
+
+def test_nothing_outlives_a_killed_command(model: Path) -> None:
+    server = start(model)
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    server.process.kill()
+    server.process.communicate()
+
+    until(lambda: list(server.folder.iterdir()) == [], "its directory is gone")
+    until(lambda: not any(_is_alive(process.pid) for process in family), "its processes are gone")
+    server.folder.rmdir()
+
+
+def test_no_other_user_can_read_its_directory(server: Server) -> None:
+    (directory,) = server.folder.iterdir()
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
 
 
 def _is_alive(pid: int) -> bool:

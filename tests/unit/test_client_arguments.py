@@ -48,6 +48,7 @@ def client(request: pytest.FixtureRequest, server: ScriptedServer) -> Iterator[A
         ("a", {"stop_token_ids": [1, 2, -3]}, "stop_token_ids[2]"),
         ("a", {"generated": [-1]}, "generated[0]"),
         ("a", {"request_id": "\udfff"}, "request_id"),
+        ("a", {"beam_width": -1}, "beam_width"),
     ],
 )
 def test_values_out_of_range_are_named(
@@ -86,6 +87,7 @@ def test_every_value_out_of_range_is_named(client: AnyClient) -> None:
         ("a", {"generated": "x"}, "generated must be a sequence of token ids, not str"),
         ("a", {"logit_bias": [1]}, "logit_bias must map token ids to floats, not list"),
         ("a", {"logit_bias": {"5": 1.0}}, "logit_bias must map token ids to floats, not '5'"),
+        ("a", {"beam_width": 2.0}, "beam_width must be int, not float"),
         ("a", {"max_token": 5}, "unknown option 'max_token'; did you mean 'max_tokens'"),
     ],
 )

@@ -191,6 +191,15 @@ def test_every_option_reaches_its_field(server: ScriptedServer, client: AnyClien
     assert server.calls[0].seconds is not None
 
 
+def test_beam_search(server: ScriptedServer, client: AnyClient) -> None:
+    server.script(says(finish(index=0, score=-0.25), finish(index=1)))
+    completion = client.generate("hello", beam_width=4, early_stopping=True, n=2)
+    assert [choice.score for choice in completion.choices] == [-0.25, None]
+    assert server.calls[0].request.beam_search == inference_pb2.BeamSearch(
+        width=4, early_stopping=True
+    )
+
+
 def test_what_is_left_out_is_left_to_the_server(server: ScriptedServer, client: AnyClient) -> None:
     server.script(says(finish()))
     completion = client.generate("hello", temperature=None)

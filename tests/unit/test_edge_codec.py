@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from cluster.request import FinishReason, SamplingParams, Stopping, Timing, Usage
+from cluster.request import BeamParams, FinishReason, SamplingParams, Stopping, Timing, Usage
 from deploy import codec
 from headwise.v1 import inference_pb2 as pb
 from shards.contract import Logprobs
@@ -30,6 +30,18 @@ def test_zero_limits_and_false_arrive() -> None:
 
     assert stopping.max_tokens == 0
     assert (params.seed, params.logprobs, params.prompt_logprobs) == (0, 0, None)
+
+
+def test_a_beam_search_is_asked_for_or_not() -> None:
+    assert codec.beam_params(pb.GenerateRequest()) is None
+    assert codec.beam_params(pb.GenerateRequest(beam_search=pb.BeamSearch(width=4))) == BeamParams(
+        4
+    )
+    assert codec.beam_params(
+        pb.GenerateRequest(
+            beam_search=pb.BeamSearch(width=2, length_penalty=0.7, early_stopping=True)
+        )
+    ) == BeamParams(2, 0.7, True)
 
 
 @pytest.mark.parametrize("value", [0.1, 0.7, 1e-7, 1.5, 3.4e38, 0.0, -2.0])
@@ -124,6 +136,13 @@ def test_finish(reason: FinishReason, wire: int) -> None:
     assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (3, 4, 1)
     assert (usage.queue_seconds, usage.first_token_seconds, usage.total_seconds) == (0.1, 0.2, 0.3)
     assert message.seed == 2**64 - 1
+    assert not message.HasField("score")
+
+
+def test_the_score_of_a_hypothesis_may_be_zero() -> None:
+    message = codec.finish(FinishReason.LENGTH, None, None, None, 0, score=0.0)
+
+    assert message.HasField("score")
 
 
 def test_timestamps_are_exact_to_the_microsecond() -> None:

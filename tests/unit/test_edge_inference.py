@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 import grpc
 import pytest
 
-from cluster.request import HealthState, Request
+from cluster.request import BeamParams, HealthState, Request
 from headwise.v1 import inference_pb2 as pb
 from tests.unit.edge_server import RunningEdge, running_edge
 from tests.unit.fakes import ALPHABET, BOS, EOS, FakeCodec, FakeGenerator
@@ -75,6 +75,13 @@ async def test_unset_fields_take_defaults_and_set_ones_arrive(edge: RunningEdge)
     assert (full.sampling.top_k, full.sampling.seed) == (5, 2**63)
     assert full.sampling.logit_bias == {5: -1.5}
     assert (full.stopping.min_tokens, full.stopping.ignore_eos, full.priority) == (1, True, -3)
+
+
+async def test_a_beam_search_is_judged_like_the_rest(edge: RunningEdge) -> None:
+    await edge.generate(text="hi", stopping=at_most(1), beam_search=pb.BeamSearch(width=2))
+    assert edge.generator.requests[0].beams == BeamParams(2)
+    with pytest.raises(grpc.aio.AioRpcError, match="0 is not a whole number from 2 to 16"):
+        await edge.generate(text="hi", beam_search=pb.BeamSearch())
 
 
 async def test_a_request_without_an_id_is_given_one(edge: RunningEdge) -> None:

@@ -53,6 +53,8 @@ LIGHT = (
     "cluster.blocks",
     "cluster.request",
     "deploy.plan",
+    "deploy.commands.bench",
+    "deploy.bench.run",
 )
 
 

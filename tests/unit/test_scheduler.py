@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 import zlib
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import pytest
 
+from cluster.beams import Beam, BeamSearch, Finished
 from cluster.blocks import BlockPool
+from cluster.request import BeamParams
 from cluster.scheduler import Scheduler
 from cluster.sequence import Sequence, service_order
-from shards.contract import Sampled, Sampling, SlotStart, SlotWork, StepPlan, StepResult
+from shards.contract import Logprobs, Sampled, Sampling, SlotStart, SlotWork, StepPlan, StepResult
 
 BLOCK = 4
 
@@ -34,6 +37,14 @@ def alone(prompt: list[int], max_length: int, stop: int | None = None) -> list[i
     return tokens
 
 
+Candidates = list[tuple[int, float]]
+
+
+def candidates(state: int) -> Candidates:
+    """What the fake model thinks of tokens 0 to 4 where it has computed `state`."""
+    return [(token, -1.0 - next_hash(state, token) % 1000 / 1000) for token in range(5)]
+
+
 @dataclass
 class Slot:
     tokens: list[int]
@@ -52,6 +63,9 @@ class FakeRank:
     def execute(self, plan: StepPlan) -> StepResult:
         for slot in plan.end:
             del self.slots[slot]
+        copied = [list(self.kv[source]) for source, _ in plan.copy]
+        for (_, target), block in zip(plan.copy, copied, strict=True):
+            self.kv[target] = block
         for start in plan.start:
             assert start.slot not in self.slots
             self.slots[start.slot] = Slot(
@@ -67,8 +81,7 @@ class FakeRank:
         slot.blocks += work.blocks
         assert len(set(slot.blocks)) == len(slot.blocks)
         if slot.next is None:
-            assert work.start % self.size == 0, "only whole blocks come from the cache"
-            slot.next = work.start
+            slot.next = work.start  # all before it is checked below, wherever it came from
         assert work.start == slot.next
         assert work.count > 0
         slot.next += work.count
@@ -86,7 +99,13 @@ class FakeRank:
         if not work.sample:
             return None
         slot.tokens.append(state % 5)
-        return Sampled(work.slot, len(slot.tokens) - 1, slot.tokens[-1])
+        likeliest = tuple(zip(*candidates(state), strict=True))
+        return Sampled(
+            work.slot,
+            len(slot.tokens) - 1,
+            slot.tokens[-1],
+            Logprobs(slot.tokens[-1], 0.0, 1, *likeliest),
+        )
 
 
 def sequence(
@@ -102,6 +121,35 @@ def sequence(
         arrival=arrival,
         **{"sampling": Sampling(), **more},  # type: ignore[arg-type]
     )
+
+
+class Searching(Beam):
+    """A beam search with what a driver knows of it."""
+
+    def __init__(self, like: Sequence, params: BeamParams, stop: int | None = None) -> None:
+        """Takes the place of the sequence `like`; hypotheses end at `stop`."""
+        self.prompt = list(like.tokens)
+        self._new_search = functools.partial(
+            BeamSearch,
+            params,
+            () if stop is None else (stop,),
+            max_tokens=like.max_length - like.prompt_length,
+        )
+        sequences = [
+            replace(like, index=i, tokens=list(like.tokens), lockstep=True, resting=i > 0)
+            for i in range(params.width)
+        ]
+        super().__init__(self._new_search(), sequences)
+
+    @property
+    def expected(self) -> tuple[Finished, ...]:
+        """What a search finds that runs by itself."""
+        search, live = self._new_search(), [self.prompt]
+        while not search.over:
+            states = [functools.reduce(next_hash, tokens, 0) for tokens in live]
+            children = search.advance([candidates(state) for state in states])
+            live = [[*live[child.parent], child.token] for child in children]
+        return search.finished
 
 
 class Loop:
@@ -126,6 +174,7 @@ class Loop:
         self.results: deque[StepResult] = deque()
         self.live: list[Sequence] = []
         self.stops: dict[Sequence, int | None] = {}
+        self.beams: dict[Sequence, Beam] = {}
         self.steps = self.epoch = 0
 
     def add(self, *sequences: Sequence, stop: int | None = None) -> None:
@@ -134,9 +183,18 @@ class Loop:
             self.live.append(item)
             self.stops[item] = stop
 
+    def search(self, beam: Beam) -> None:
+        self.scheduler.add(beam.sequences[0])
+        self.live += beam.sequences
+        self.beams |= dict.fromkeys(beam.sequences, beam)
+
     def remove(self, item: Sequence) -> None:
         self.scheduler.remove(item)
         self.live.remove(item)
+
+    def end(self, beam: Beam) -> None:
+        for item in beam.sequences:
+            self.remove(item)
 
     def plan(self) -> StepPlan | None:
         plan = self.scheduler.plan(self.steps, self.epoch)
@@ -149,16 +207,30 @@ class Loop:
         return plan
 
     def check_nobody_overtakes(self, plan: StepPlan) -> None:
-        waiting = [service_order(item) for item in self.live if item.slot is None]
+        waiting = [
+            service_order(item) for item in self.live if item.slot is None and not item.resting
+        ]
         for start in plan.start:
             started = next(item for item in self.live if item.slot == start.slot)
-            assert all(service_order(started) < order for order in waiting)
+            forked = started.lockstep and len(started.tokens) > started.prompt_length
+            assert forked or all(service_order(started) < order for order in waiting)
 
     def commit(self) -> None:
         for item, sampled in self.scheduler.commit(self.results.popleft()):
+            if item.lockstep:
+                self.go_on(self.beams[item], item, sampled)
+                continue
             assert item.tokens[-1] == sampled.token
             if len(item.tokens) == item.max_length or sampled.token == self.stops[item]:
                 self.remove(item)
+
+    def go_on(self, beam: Beam, item: Sequence, sampled: Sampled) -> None:
+        assert sampled.logprobs is not None
+        children = beam.take(item, sampled.logprobs)
+        if beam.search.over:
+            self.end(beam)
+        elif children:
+            beam.live = self.scheduler.fork(beam.sequences, children)
 
     def turn(self) -> bool:
         """One plan or one commit; False when there is nothing left to do."""
@@ -170,7 +242,7 @@ class Loop:
         return True
 
     def run(self) -> None:
-        for _ in range(2000):
+        for _ in range(5000):
             if not self.turn():
                 break
         assert not self.live, "the loop is stuck"
@@ -195,6 +267,13 @@ def random_sequence(random: Random, arrival: int) -> Sequence:
     )
 
 
+def random_search(random: Random, like: Sequence) -> Searching:
+    params = BeamParams(
+        random.randint(2, 4), random.choice([0.5, 1.0, 2.0]), early_stopping=random.random() < 0.5
+    )
+    return Searching(like, params, stop=random.choice([None, 1, 2]))
+
+
 @pytest.mark.parametrize("seed", range(250))
 def test_every_sequence_gets_the_tokens_it_would_get_alone(seed: int) -> None:
     """Random arrivals, removals and lost ranks, over pools that are mostly too small."""
@@ -208,17 +287,25 @@ def test_every_sequence_gets_the_tokens_it_would_get_alone(seed: int) -> None:
         prefix_caching=random.random() < 0.7,
     )
     removed = set()
+    searches: list[Searching] = []
     for turn in range(60):
         if turn < 40 and random.random() < 0.3:
             item = random_sequence(random, turn)
-            if loop.scheduler.fits(item.max_length):
+            fits = loop.scheduler.fits(item.max_length)
+            if fits and random.random() < 0.7:
                 loop.add(item, stop=random.choice([None, None, 2]))
+            elif fits:
+                searches.append(random_search(random, item))
+                loop.search(searches[-1])
         if random.random() < 0.02:
             loop.lose_rank()
         if loop.live and random.random() < 0.04:
             item = random.choice(loop.live)
             removed.add(item)
-            loop.remove(item)
+            if item in loop.beams:
+                loop.end(loop.beams[item])
+            else:
+                loop.remove(item)
         loop.turn()
     loop.run()
     for item, stop in loop.stops.items():
@@ -227,6 +314,9 @@ def test_every_sequence_gets_the_tokens_it_would_get_alone(seed: int) -> None:
             assert item.tokens == expected[: len(item.tokens)]
         else:
             assert item.tokens == expected
+    for found in searches:
+        if removed.isdisjoint(found.sequences):
+            assert found.search.finished == found.expected
 
 
 def test_a_sequence_preempted_before_its_first_token_came_back() -> None:
@@ -473,3 +563,87 @@ def test_an_idle_scheduler_plans_nothing() -> None:
     assert (loop.scheduler.waiting, loop.scheduler.running) == (0, 1)
     assert loop.plan() is None
     loop.run()
+
+
+def searching(
+    prompt: list[int], new_tokens: int = 5, *, width: int = 2, arrival: int = 0
+) -> Searching:
+    return Searching(sequence(prompt, new_tokens, arrival=arrival), BeamParams(width))
+
+
+def test_hypotheses_share_whole_blocks_and_copy_the_one_they_write_to() -> None:
+    loop = Loop()
+    found = searching([1] * 6, width=3)
+    loop.search(found)
+    loop.turn()
+    assert loop.plan() is None, "it is not planned ahead of what follows it"
+    loop.commit()
+    first, second, third = found.live
+    assert first.blocks[0] == second.blocks[0] == third.blocks[0]
+    own = [item.blocks[1] for item in found.live]
+    assert len(set(own)) == 3
+    plan = loop.plan()
+    assert plan is not None
+    assert plan.copy == ((own[0], own[1]), (own[0], own[2]))
+    assert plan.end == (0,), "what is in the slot of the first one changes too"
+    assert {start.slot for start in plan.start} == {0, 1, 2}
+    assert [(work.start, work.count, work.blocks) for work in plan.work] == [
+        (6, 1, tuple(item.blocks)) for item in found.live
+    ]
+    loop.run()
+    assert found.search.finished == found.expected
+
+
+def test_at_the_end_of_a_block_there_is_nothing_to_copy() -> None:
+    loop = Loop()
+    found = searching([1] * 8)
+    loop.search(found)
+    loop.turn()
+    loop.commit()
+    plan = loop.plan()
+    assert plan is not None
+    assert plan.copy == ()
+    assert found.live[0].blocks[:2] == found.live[1].blocks[:2]
+    loop.run()
+    assert found.search.finished == found.expected
+
+
+@pytest.mark.parametrize(("blocks", "slots"), [(4, 4), (16, 1)], ids=["blocks", "slots"])
+def test_hypotheses_run_in_turn_where_there_is_room_for_one(blocks: int, slots: int) -> None:
+    loop = Loop(blocks, max_sequences=slots, prefix_caching=False)
+    first, second = (searching([i] * 7, 9, width=3, arrival=i) for i in range(2))
+    loop.search(first)
+    loop.search(second)
+    loop.run()
+    assert loop.scheduler.preemptions
+    assert first.search.finished == first.expected
+    assert second.search.finished == second.expected
+
+
+def test_a_search_ends_whatever_its_hypotheses_do() -> None:
+    for turns in range(12):
+        loop = Loop(5, depth=2, prefix_caching=False)
+        found = searching([1] * 6, 9, width=4)
+        loop.search(found)
+        for _ in range(turns):
+            loop.turn()
+        loop.end(found)
+        loop.run()
+
+
+def test_a_resting_hypothesis_makes_no_room_for_a_later_request() -> None:
+    loop = Loop(max_sequences=2, max_step_tokens=1)
+    found, later = searching([1]), sequence([2], arrival=1)
+    loop.search(found)
+    loop.add(later)
+    loop.plan()
+    loop.commit()
+    loop.plan()
+    loop.plan()
+    loop.commit()
+    assert [item.resting for item in found.live] == [True, False]
+    assert loop.plan() is None
+    assert later.slot is None
+    loop.run()
+    assert loop.scheduler.preemptions == 0
+    assert found.search.finished == found.expected

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.errors import InvalidRequest
-from cluster.request import ModelInfo, Request, SamplingParams, Stopping
+from cluster.request import BeamParams, ModelInfo, Request, SamplingParams, Stopping
 from cluster.text import TextCodec
 from cluster.validation import max_prompt_bytes, validate
 from tests.unit.tiny_tokenizers import TRICKY, byte_level
@@ -38,6 +38,10 @@ def stopping(**fields: object) -> Request:
     return replace(GOOD, stopping=Stopping(**fields))
 
 
+def beams(width: int = 4, length_penalty: float = 1.0, **fields: object) -> Request:
+    return replace(GOOD, beams=BeamParams(width, length_penalty), **fields)
+
+
 def faults(request: Request, **options: object) -> list[tuple[str, str]]:
     try:
         validate(request, MODEL, **{"has_tokenizer": True, **options})
@@ -58,6 +62,8 @@ def faults(request: Request, **options: object) -> list[tuple[str, str]]:
         sampling(logit_bias={0: -100, 999: 100.0}, logprobs=0, prompt_logprobs=20),
         stopping(max_tokens=61, min_tokens=61),
         stopping(strings=("\n", "é" * 512), token_ids=(0, 999)),
+        beams(2, -10, n=2, stopping=Stopping(min_tokens=2, token_ids=(5,), include_stop=True)),
+        beams(16, 10, sampling=SamplingParams(temperature=1.0, top_k=0)),
     ],
 )
 def test_what_is_allowed(request_: Request) -> None:
@@ -99,7 +105,7 @@ def test_what_is_allowed(request_: Request) -> None:
         (sampling(top_k=-1), "sampling.top_k", "-1"),
         (sampling(min_p=1), "sampling.min_p", "[0, 1)"),
         (sampling(min_p=-0.1), "sampling.min_p", "-0.1"),
-        (sampling(repetition_penalty=0), "sampling.repetition_penalty", "above 0"),
+        (sampling(repetition_penalty=0), "sampling.repetition_penalty", "[0.01, 100]"),
         (sampling(repetition_penalty=math.inf), "sampling.repetition_penalty", "inf"),
         (sampling(presence_penalty=2.1), "sampling.presence_penalty", "2.1"),
         (sampling(frequency_penalty=-2.1), "sampling.frequency_penalty", "-2.1"),
@@ -121,6 +127,18 @@ def test_what_is_allowed(request_: Request) -> None:
         (stopping(strings=("é" * 513,)), "stopping.conditions", "1026 bytes"),
         (stopping(token_ids=(1, 1000)), "stopping.conditions", "1000 at index 1"),
         (stopping(token_ids=(1,) * 257), "stopping.conditions", "257"),
+        (beams(1), "beam_search.width", "2 to 16"),
+        (beams(17), "beam_search.width", "17"),
+        (beams(length_penalty=10.5), "beam_search.length_penalty", "10.5"),
+        (beams(length_penalty=math.nan), "beam_search.length_penalty", "nan"),
+        (beams(4, n=5), "n", "5 of 4"),
+        (beams(sampling=SamplingParams(temperature=0)), "sampling.temperature", "0 does"),
+        (beams(sampling=SamplingParams(seed=0)), "sampling.seed", "0 does"),
+        (beams(sampling=SamplingParams(logit_bias={1: 2.0})), "sampling.logit_bias", "{1: 2.0}"),
+        (beams(sampling=SamplingParams(logprobs=0)), "output.logprobs", "0 does"),
+        (beams(sampling=SamplingParams(prompt_logprobs=1)), "output.prompt_logprobs", "1 does"),
+        (beams(stopping=Stopping(strings=("END",))), "stopping.conditions", "'END'"),
+        (beams(generated=(1, 2)), "generated", "2 tokens"),
     ],
 )
 def test_a_fault_names_field_and_value(request_: Request, field: str, quoted: str) -> None:
@@ -135,6 +153,13 @@ def test_stop_strings_need_a_tokenizer() -> None:
     assert field == "stopping.conditions"
     assert "'END'" in description
     assert faults(stopping(token_ids=(5,)), has_tokenizer=False) == []
+
+
+def test_hypotheses_need_a_vocabulary_to_go_on_with() -> None:
+    small = replace(MODEL, vocabulary=6)
+    validate(beams(5), small, has_tokenizer=True)
+    with pytest.raises(InvalidRequest, match="vocabulary of 6, 2 of which end them"):
+        validate(beams(5, stopping=Stopping(token_ids=(5,))), small, has_tokenizer=True)
 
 
 def test_every_fault_is_named_at_once() -> None:
