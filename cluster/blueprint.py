@@ -9,7 +9,7 @@ from cluster.request import ModelInfo
 from shards.collectives import Transport
 from shards.config import ShardConfig
 from shards.errors import NotEnoughMemory
-from shards.footprint import RankFootprint, model_size, rank_footprints
+from shards.footprint import RankFootprint, model_size, rank_footprints, settle_dtype
 from shards.layout import Layout, make_layout
 from shards.memory import host_bytes_left
 from shards.models.source import ModelSource, open_model
@@ -38,6 +38,12 @@ class Blueprint:
     def max_blocks(self) -> int:
         """KV blocks for as many sequences of full length as may run at a time."""
         return self.config.max_sequences * -(-self.context // self.config.block_size)
+
+    @property
+    def window(self) -> int | None:
+        """How far back the farthest-seeing layer sees; None where one sees everything."""
+        windows = [layer.attention.window for layer in self.source.spec.layers]
+        return None if None in windows else max(w for w in windows if w is not None)
 
     @property
     def model(self) -> ModelInfo:
@@ -87,10 +93,7 @@ def draw_up(config: ClusterConfig) -> Blueprint:
     """
     source = open_model(config.model, config.revision)
     layout = make_layout(source.spec, config.tensor_parallel, config.capacity)
-    dtype: str = config.dtype
-    if dtype == "auto":
-        # PyTorch's 16-bit matrix products are slower than float32 ones on CPUs without their own.
-        dtype = source.spec.dtype if config.device == "cuda" else "float32"
+    dtype = settle_dtype(config.dtype, source.spec, config.device)
     context = min(source.spec.context, config.max_context or source.spec.context)
     footprints = rank_footprints(source.spec, layout, dtype)
     if config.device == "cpu" and config.placement == "STRICT_PACK":

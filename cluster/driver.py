@@ -109,6 +109,7 @@ class Driver:
             self._pool,
             max_sequences=config.max_sequences,
             max_step_tokens=config.max_step_tokens,
+            window=self.blueprint.window,
         )
         self._loop = EngineLoop(
             group,

@@ -67,8 +67,17 @@ class Scheduler:
     those that reached `max_length`. `(priority, arrival, index)` must differ between sequences.
     """
 
-    def __init__(self, pool: BlockPool, *, max_sequences: int, max_step_tokens: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_sequences: int,
+        max_step_tokens: int,
+        window: int | None = None,
+    ) -> None:
+        """`window`: the largest of the layers' windows, None where a layer sees everything."""
         self._pool = pool
+        self._window = window
         self._max_sequences = max_sequences
         self._max_step_tokens = max_step_tokens
         self._waiting = SequenceQueue()
@@ -246,13 +255,14 @@ class Scheduler:
         if parent.slot is None or not self._free_slots:
             return
         whole = parent.planned // self._pool.block_size
-        shared, written = parent.blocks[:whole], parent.blocks[whole:]
+        shared, written = parent.blocks[parent.passed : whole], parent.blocks[whole:]
         copies = self._pool.allocate(len(written))
         if copies is None:
             return
         self._pool.share(shared)
         self._copies.update(zip(copies, written, strict=True))
-        heir.blocks = shared + copies
+        heir.blocks = parent.blocks[:whole] + copies
+        heir.passed = parent.passed
         heir.planned, heir.sealed = parent.planned, parent.sealed
         self._enter_slot(heir)
 
@@ -269,9 +279,21 @@ class Scheduler:
             # Victims are taken from the end, so one that lost its slot was not planned yet.
             if sequence.slot is None or sequence.remaining != 1:
                 continue
+            self._give_back_passed(sequence)
             blocks = self._block_for_decode(sequence)
             if blocks is not None:
                 draft.add(sequence, blocks)
+
+    def _give_back_passed(self, sequence: Sequence) -> None:
+        """Free the blocks that no window reaches from the next position on. Ranks execute plans in
+        order, so what is in flight still finds them as they were."""
+        if self._window is None:
+            return
+        reached = max(0, sequence.planned + 1 - self._window) // self._pool.block_size
+        reached = min(reached, len(sequence.blocks))
+        if reached > sequence.passed:
+            self._pool.free(sequence.blocks[sequence.passed : reached])
+            sequence.passed = reached
 
     def _block_for_decode(self, sequence: Sequence) -> list[int] | None:
         """The block that the next position needs, [] if none; None if `sequence` had to give way.
@@ -294,6 +316,7 @@ class Scheduler:
             if not draft.budget:
                 break
             if sequence.remaining > 1:
+                self._give_back_passed(sequence)
                 draft.add(sequence, [])
 
     def _admit(self, draft: _Draft) -> None:
@@ -369,7 +392,7 @@ class Scheduler:
     def _leave_slot(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
         self._running.remove(sequence)
-        self._pool.free(sequence.blocks)
+        self._pool.free(sequence.blocks[sequence.passed :])
         if sequence.announced:
             self._ended.append(sequence.slot)
         self._free_slots.append(sequence.slot)
@@ -380,6 +403,7 @@ class Scheduler:
         sequence.slot = None
         sequence.announced = False
         sequence.blocks = []
+        sequence.passed = 0
         sequence.planned = 0
         sequence.sealed = 0
 
@@ -387,6 +411,8 @@ class Scheduler:
         """Register the blocks that lie wholly in the first `computed` positions."""
         size, blocks = self._pool.block_size, sequence.blocks
         for i in range(sequence.sealed, computed // size):
+            if i <= sequence.passed and sequence.passed:
+                return  # what it would be chained to is somebody else's
             parent = blocks[i - 1] if i else None
             tokens = sequence.tokens[i * size : (i + 1) * size]
             self._pool.seal(blocks[i], tokens, parent, sequence.cache_salt)

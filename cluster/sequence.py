@@ -19,8 +19,9 @@ class Sequence:
     `started` and `finished` describe the current stay in a slot.
 
     One in `lockstep` is a hypothesis of a beam search: its next token is not the one that the rank
-    sampled but comes from `Scheduler.fork`. Until then it is `resting`, as is one that no hypothesis
-    was forked into yet: it is not planned, and may lose its slot and blocks to one that waits.
+    sampled but comes from `Scheduler.fork`. Until then it is `resting`, as is one that no
+    hypothesis was forked into yet: not planned, and it may lose its slot and blocks to one that
+    waits.
     """
 
     request_id: str
@@ -39,6 +40,7 @@ class Sequence:
     slot: int | None = None  # None while waiting
     announced: bool = False  # the ranks know what is in the slot
     blocks: list[int] = field(default_factory=list)
+    passed: int = 0  # leading blocks that no window reaches any more: given back, somebody else's
     planned: int = 0  # positions planned so far, those in flight included
     sealed: int = 0  # leading blocks that are registered with the pool
     inflight: int = 0  # plans not yet committed that contain it
