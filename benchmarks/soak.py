@@ -134,10 +134,11 @@ async def _idle(client: AsyncClient) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def served(model: str, options: list[str]) -> Iterator[Target]:
-    """`headwise serve` on a free port, its log in a file; ended by SIGTERM, which must go well."""
+def served(model: str, options: list[str], log: Path | None) -> Iterator[Target]:
+    """`headwise serve` on a free port, its log in a file, which is kept if it is `log`; ended by
+    SIGTERM, which must go well."""
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        log = Path(folder) / "log"
+        log = log or Path(folder) / "log"
         command = [sys.executable, "-m", "deploy.cli", "serve", "--model", model, "--json"]
         with log.open("w") as words:
             # A session of its own: Ctrl-C is for the soak, which then ends the server in order.
@@ -172,7 +173,7 @@ def main(
     ] = "32MiB",
     address: Annotated[str | None, typer.Option(help="Or use the server there.")] = None,
     pid: Annotated[int | None, typer.Option(help="Its process, to watch its memory.")] = None,
-    log: Annotated[Path | None, typer.Option(help="Its log, to look for errors.")] = None,
+    log: Annotated[Path | None, typer.Option(help="The server's log, to look for errors.")] = None,
     minutes: Annotated[float, typer.Option()] = 10.0,
     concurrency: Annotated[int, typer.Option(help="Customers at a time.")] = 16,
     seed: Annotated[int, typer.Option()] = 0,
@@ -187,7 +188,7 @@ def main(
         target = (
             Target(address, pid, log)
             if address is not None
-            else stack.enter_context(served(str(model), options))
+            else stack.enter_context(served(str(model), options, log))
         )
         try:
             verdict = asyncio.run(soak(target, minutes, concurrency, seed))

@@ -57,8 +57,8 @@ class Customers:
         self._model = model
         self._seed = seed
         self._numbers = count()
-        # Three of the longest fill the KV cache, so that there is preemption too.
-        self._longest = min(model.context, server.kv_blocks * server.block_size // 3)
+        # Two of the longest fill the KV cache, so that there is preemption too.
+        self._longest = min(model.context, server.kv_blocks * server.block_size // 2)
         self._ids = sorted(set(range(model.vocabulary)) - set(model.eos_token_ids))
         rng = self._rng("prefixes")
         self._prefixes = [self._draw(rng, self._longest // 4) for _ in range(_PREFIXES)]
@@ -170,10 +170,11 @@ class Customers:
         if rng.random() < 0.4:
             prompt = rng.choice(self._prefixes) + prompt[: self._longest // 4]
         samples = 1 if rng.random() < 0.9 else 2
-        room = self._longest // samples - len(prompt)
+        most = max(1, min(self._longest // samples - len(prompt), self._longest // 2))
         options: GenerateOptions = {
             "n": samples,
-            "max_tokens": _magnitude(rng, max(1, min(room, self._longest // 4))),
+            # Short ones keep the queue moving; among long ones blocks run out.
+            "max_tokens": rng.choice((_magnitude(rng, most), rng.randint(1, most))),
             "ignore_eos": rng.random() < 0.7,
             "seed": rng.randrange(2**32),
             "temperature": rng.choice((0.0, 0.5, 1.0, 1.5)),

@@ -26,14 +26,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from cluster.blueprint import draw_up
-from cluster.config import ClusterConfig
 from cluster.driver import Driver
-from cluster.errors import StartupError
 from cluster.request import HealthState
 from cluster.shard_group import LocalRay, RayLauncher, bundles, local_cpus
 from deploy.args import AppArgs, LocalRun
 from deploy.edge.control import ServerFacts
 from deploy.edge.server import Edge
+from deploy.preflight import require_gpus
 from deploy.start_report import Failed, Progress, Ready, report
 from deploy.telemetry import configure_logging
 from deploy.version import version
@@ -190,7 +189,7 @@ def _start(run: LocalRun, stop: threading.Event) -> None:
     try:
         report(Progress(phase="starting Ray"))
         LocalRay(local_cpus(run.args.cluster, besides=REPLICA_CPUS), run.directory)
-        _check_gpus(run.args.cluster)
+        require_gpus(run.args.cluster, int(ray.cluster_resources().get("GPU", 0)))
         report(Progress(phase="starting Ray Serve"))
         serve.start(proxy_location="Disabled")
         _deploy(run.args, stop)
@@ -214,14 +213,3 @@ def _deploy(args: AppArgs, stop: threading.Event) -> None:
             handle = serve.get_app_handle(APPLICATION)
             report(handle.info.remote().result(timeout_s=_CALL_SECONDS))
             return
-
-
-def _check_gpus(config: ClusterConfig) -> None:
-    there = int(ray.cluster_resources().get("GPU", 0))
-    if config.device != "cuda" or there >= config.tensor_parallel:
-        return
-    fewer = f"tensor_parallel <= {there} or " if there else ""
-    raise StartupError(
-        f"tensor_parallel={config.tensor_parallel} on cuda needs a GPU for each rank and this "
-        f"machine has {there}: use {fewer}device=cpu"
-    )

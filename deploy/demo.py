@@ -25,8 +25,8 @@ _QUESTION = "What is the capital of France, and what is it known for?"
 
 
 def demo(
-    model: Annotated[Path, typer.Option(help="Folder or GGUF file.")] = _MODEL,
-    tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", "-n")] = 2,
+    model: Annotated[Path, typer.Option("--model", "-m", help="Folder or GGUF file.")] = _MODEL,
+    tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", "--tp", "-n")] = 2,
     question: Annotated[str, typer.Option()] = _QUESTION,
     max_tokens: Annotated[int, typer.Option()] = 96,
 ) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from shards.errors import HeadwiseError
 _POLL_SECONDS = 0.1
 # On top of `drain_timeout_s`: what an orderly end may take before processes are killed. With the
 # default drain, 2 s, everything is gone in less than 5 s, also on a machine that has much to do.
-_END_SECONDS = 1.8
+_END_SECONDS = 1.5
 _KILL_SECONDS = 2
 _CHILD = "from deploy.app import serve_local; serve_local()"
 
@@ -166,9 +167,15 @@ class _Tree:
             time.sleep(_KILL_SECONDS / 100)
 
     def _look(self) -> None:
-        for process in tuple(self._known):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self._known.update(process.children(recursive=True))
+        """One pass over all processes, however many are known: a busy machine takes long enough."""
+        children: defaultdict[int, list[psutil.Process]] = defaultdict(list)
+        for process in psutil.process_iter(["ppid"]):
+            children[process.info["ppid"]].append(process)
+        parents = [process for process in self._known if process.is_running()]
+        while parents:
+            found = children.pop(parents.pop().pid, [])
+            self._known.update(found)
+            parents.extend(found)
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -6,7 +6,6 @@ models of any size.
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Literal
 
 import typer
@@ -15,6 +14,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from deploy.plan_report import make_plan
 from deploy.plan_view import print_plan
 from shards.errors import HeadwiseError
+from shards.footprint import settle_dtype
 from shards.layout import make_layout
 from shards.models.source import load_spec
 from shards.models.spec import ModelSpec
@@ -30,16 +30,20 @@ def plan(
     ],
     tensor_parallel: Annotated[
         int | None,
-        typer.Option("--tensor-parallel", "--tp", help="Number of ranks.", show_default="1"),
+        typer.Option("--tensor-parallel", "--tp", "-n", help="Number of ranks.", show_default="1"),
     ] = None,
     capacity: Annotated[
         str | None,
         typer.Option(help="Relative speed of each rank, such as 2,1,1.", show_default="all equal"),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="What the ranks are.")] = "cpu",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="Of weights, KV cache and hidden states; auto is the checkpoint's own."),
+        typer.Option(
+            help="Of weights, KV cache and hidden states; auto is the checkpoint's own on cuda, "
+            "float32 on cpu."
+        ),
     ] = "auto",
     kv_memory: Annotated[
         str | None, typer.Option(help="Memory of each rank's KV cache, such as 4GiB.")
@@ -55,31 +59,27 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show how a model would be cut over ranks: heads, bytes, tokens that fit, communication."""
-    try:
-        kv_bytes = _bytes("--kv-memory", kv_memory)
-        rank_bytes = _bytes("--memory-per-rank", memory_per_rank)
-        if kv_bytes is not None and rank_bytes is not None:
-            raise OptionError(
-                f"--kv-memory {kv_memory} and --memory-per-rank {memory_per_rank} exclude each "
-                "other: give what is for the KV cache alone, or what is for it and the weights"
-            )
-        speeds = _capacity(capacity)
-        spec = load_spec(model, revision)
-        if tensor_parallel is None:
-            tensor_parallel = 1 if speeds is None else len(speeds)
-        report = make_plan(
-            spec,
-            make_layout(spec, tensor_parallel, speeds),
-            model=model,
-            dtype=spec.dtype if dtype == "auto" else dtype,
-            context=_context(context, spec),
-            kv_memory=kv_bytes,
-            memory_per_rank=rank_bytes,
-            block_size=block_size,
+    kv_bytes = _bytes("--kv-memory", kv_memory)
+    rank_bytes = _bytes("--memory-per-rank", memory_per_rank)
+    if kv_bytes is not None and rank_bytes is not None:
+        raise OptionError(
+            f"--kv-memory {kv_memory} and --memory-per-rank {memory_per_rank} exclude each "
+            "other: give what is for the KV cache alone, or what is for it and the weights"
         )
-    except HeadwiseError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from error
+    speeds = _capacity(capacity)
+    spec = load_spec(model, revision)
+    if tensor_parallel is None:
+        tensor_parallel = 1 if speeds is None else len(speeds)
+    report = make_plan(
+        spec,
+        make_layout(spec, tensor_parallel, speeds),
+        model=model,
+        dtype=settle_dtype(dtype, spec, device),
+        context=_context(context, spec),
+        kv_memory=kv_bytes,
+        memory_per_rank=rank_bytes,
+        block_size=block_size,
+    )
     if as_json:
         print(report.model_dump_json(indent=2))
     else:

@@ -51,6 +51,7 @@ def configure_logging(log_format: LogFormat = "text", level: str = "INFO") -> No
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(stream)
+    handler.addFilter(_is_news)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, _logger_name],
@@ -58,6 +59,13 @@ def configure_logging(log_format: LogFormat = "text", level: str = "INFO") -> No
         )
     )
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what gRPC takes for an error where a client went away while its status was being
+    sent: nobody was left to be told, and nothing is wrong."""
+    error = record.exc_info[1] if record.exc_info else None
+    return type(error).__name__ != "ExecuteBatchError"
 
 
 def _logger_name(

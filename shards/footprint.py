@@ -15,6 +15,14 @@ from shards.models.spec import ModelSpec
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+def settle_dtype(dtype: str, spec: ModelSpec, device: str) -> str:
+    """What "auto" stands for on "cpu" or "cuda"; any other `dtype` stands for itself."""
+    if dtype != "auto":
+        return dtype
+    # PyTorch's 16-bit matrix products are slower than float32 ones on CPUs without their own.
+    return "float32" if device == "cpu" else spec.dtype
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSize:
     """`active` are the parameters that a decode step multiplies with: all but lookup tables."""

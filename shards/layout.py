@@ -21,6 +21,9 @@ from shards.errors import IllegalSplit
 from shards.models.parameters import Cut, Parameter
 from shards.models.spec import ModelSpec
 
+# Far beyond any two devices; what is cut by such numbers stays exact, and its balance finite.
+_MOST_TIMES_AS_FAST = 1_000_000
+
 
 @dataclass(frozen=True, slots=True)
 class Range:
@@ -141,6 +144,12 @@ def _whole_weights(capacity: tuple[float, ...], world: int) -> tuple[int, ...]:
             raise IllegalSplit(
                 f"capacity of rank {rank} is {c:g}: give each rank a finite number above 0"
             )
+    slow, fast = capacity.index(min(capacity)), capacity.index(max(capacity))
+    if capacity[fast] > _MOST_TIMES_AS_FAST * capacity[slow]:
+        raise IllegalSplit(
+            f"capacity of rank {fast} is {capacity[fast] / capacity[slow]:g} times that of rank "
+            f"{slow}: give ranks at most {_MOST_TIMES_AS_FAST:,} times each other's capacity"
+        )
     exact = [Fraction(repr(c)) for c in capacity]
     scale = math.lcm(*(c.denominator for c in exact))
     whole = [int(c * scale) for c in exact]

@@ -47,7 +47,7 @@ class Attempts:
         if self._failed >= self._policy.attempts:
             return None
         if isinstance(error, OverloadedError):
-            # Without a hint this may be a message too large, which no second attempt makes smaller.
+            # Without a hint it is not the server's queue that is full, and may stay so.
             asked = error.retry_after
             if asked is None or asked > self._policy.max_retry_after:
                 return None

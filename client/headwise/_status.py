@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -22,6 +23,9 @@ _CLASSES: dict[grpc.StatusCode, type[errors.HeadwiseError]] = {
     grpc.StatusCode.CANCELLED: errors.RequestCancelledError,
 }
 
+# How gRPC itself refuses a message, before the server sees it.
+_TOO_LARGE = re.compile(r"larger than max \((?P<size>\d+) vs\. (?P<most>\d+)\)")
+
 _Detail = TypeVar("_Detail", bound=Message)
 
 
@@ -40,6 +44,9 @@ def read_error(fault: grpc.RpcError, request_id: str | None) -> errors.HeadwiseE
         )
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         hint = next(_details(fault, error_details_pb2.RetryInfo), None)
+        sizes = _TOO_LARGE.search(message)
+        if hint is None and sizes is not None:
+            return _too_large(sizes["size"], sizes["most"], code, request_id)
         return errors.OverloadedError(
             message,
             retry_after=None if hint is None else hint.retry_delay.ToTimedelta().total_seconds(),
@@ -47,6 +54,22 @@ def read_error(fault: grpc.RpcError, request_id: str | None) -> errors.HeadwiseE
             request_id=request_id,
         )
     return _CLASSES.get(code, errors.HeadwiseError)(message, code=code, request_id=request_id)
+
+
+def _too_large(
+    size: str, most: str, code: grpc.StatusCode, request_id: str | None
+) -> errors.InvalidRequestError:
+    violation = errors.Violation(
+        "request",
+        f"its {size} bytes are more than the {most} that the server takes: send a shorter prompt "
+        "or conversation, or start the server with a larger max_message_bytes",
+    )
+    return errors.InvalidRequestError(
+        f"{violation.field}: {violation.description}",
+        violations=[violation],
+        code=code,
+        request_id=request_id,
+    )
 
 
 def _details(fault: grpc.RpcError, kind: type[_Detail]) -> Iterator[_Detail]:

@@ -25,9 +25,17 @@ class BadConfig(HeadwiseError):
 
 def serve(
     model: Annotated[
-        str | None, typer.Option(help="Folder, GGUF file or hub id. [required]")
+        str | None, typer.Option("--model", "-m", help="Folder, GGUF file or hub id. [required]")
     ] = None,
-    tensor_parallel: Annotated[int | None, typer.Option("--tensor-parallel", "-n")] = None,
+    tensor_parallel: Annotated[
+        int | None,
+        typer.Option(
+            "--tensor-parallel",
+            "--tp",
+            "-n",
+            help="Number of ranks. More than there are CPUs is slow, but right.",
+        ),
+    ] = None,
     capacity: Annotated[
         str | None, typer.Option(help="Relative speed of each rank, such as 2,1,1.")
     ] = None,
@@ -43,7 +51,9 @@ def serve(
     placement: Annotated[
         Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"] | None, typer.Option()
     ] = None,
-    cpus_per_rank: Annotated[float | None, typer.Option()] = None,
+    cpus_per_rank: Annotated[
+        float | None, typer.Option(help="Above 1, they must be there.")
+    ] = None,
     threads_per_rank: Annotated[int | None, typer.Option()] = None,
     max_context: Annotated[int | None, typer.Option(help="Tokens of a sequence at most.")] = None,
     kv_memory: Annotated[

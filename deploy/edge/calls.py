@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 import structlog
@@ -92,14 +92,14 @@ class Calls(grpc.aio.ServerInterceptor):
                     task.uncancel()
                     outcome = "UNAVAILABLE"
                     gone = Unavailable("the server is shutting down: send the request again")
-                    await _tell(context, gone, request_id)
+                    await errors.abort(context, gone, request_id)
                 except grpc.aio.BaseError:
                     # The reader is gone, or its deadline has passed: nobody is left to be told.
                     outcome = "CANCELLED"
-                    raise asyncio.CancelledError from None
+                    raise
                 except Exception as error:
                     outcome = type(error).__name__
-                    await _tell(context, error, request_id)
+                    await errors.abort(context, error, request_id)
                 finally:
                     self._live.discard(task)
                     log.info(
@@ -110,15 +110,6 @@ class Calls(grpc.aio.ServerInterceptor):
                     )
 
         return call
-
-
-async def _tell(context: Context, error: Exception, request_id: str) -> NoReturn:
-    """End the call with the error's status. Where nobody is left to be told it ends as cancelled:
-    anything else gRPC would log as an error of ours."""
-    try:
-        await errors.abort(context, error, request_id)
-    except grpc.aio.InternalError:
-        raise asyncio.CancelledError from None
 
 
 def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

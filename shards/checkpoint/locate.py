@@ -85,8 +85,13 @@ def _refuse_split(path: Path) -> None:
         )
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a hub can be asked for it: of the form owner/name, or a name alone."""
+    return _HUB_ID.fullmatch(name) is not None and not name.startswith(".")
+
+
 def _fetch(model: str, revision: str | None, *, weights: bool) -> Path:
-    if not _HUB_ID.fullmatch(model) or model.startswith("."):
+    if not is_hub_id(model):
         raise CheckpointError(
             f"model {model!r} not found: no such path, and not of the form of a hub id (owner/name)"
         )

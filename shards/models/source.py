@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +86,7 @@ def _open_folder(name: str, folder: Path) -> ModelSource:
         spec=spec,
         sources=sources,
         checkpoint=checkpoint,
-        eos_token_ids=_folder_eos(folder, config),
+        eos_token_ids=_known(_folder_eos(folder, config), spec),
         tokenizer_path=str(folder) if has_tokenizer else None,
     )
 
@@ -101,7 +101,7 @@ def _open_gguf(name: str, path: Path) -> ModelSource:
         spec=spec,
         sources=sources,
         checkpoint=file.checkpoint,
-        eos_token_ids=tuple(dict.fromkeys(token for token in eos if token is not None)),
+        eos_token_ids=_known(tuple(token for token in eos if token is not None), spec),
         tokenizer_path=str(path.parent) if file.has_tokenizer else None,
         tokenizer_gguf=path.name if file.has_tokenizer else None,
     )
@@ -153,6 +153,12 @@ def _folder_eos(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
                 f"{folder}: eos_token_id is {stated!r}: a token id or a list of them is needed"
             )
     return tuple(tokens)
+
+
+def _known(tokens: Sequence[int], spec: ModelSpec) -> tuple[int, ...]:
+    """Without those that the model can never generate: a tokenizer may have more tokens than the
+    model has rows, and a config the leftovers of another."""
+    return tuple(dict.fromkeys(token for token in tokens if token < spec.vocabulary))
 
 
 def _gguf_spec(path: Path) -> tuple[GGUFFile, Family, ModelSpec, GGUFNames]:

@@ -45,6 +45,7 @@ def start(model_dir: Path, world: int = 2, **options: object) -> Driver:
             "tensor_parallel": world,
             "kv_memory": 1 << 20,
             "max_sequences": 4,
+            "threads_per_rank": 1,
             "step_timeout_s": 20,
             **options,
         }

@@ -34,6 +34,7 @@ def driver(request: pytest.FixtureRequest, mistral: tuple[Any, Path]) -> Iterato
         "tensor_parallel": request.param,
         "block_size": BLOCK,
         "max_step_tokens": 16,
+        "threads_per_rank": 1,
     }
     whole_request = -(-(max(PROMPTS) + TOKENS) // BLOCK)
     block_bytes = max(draw_up(ClusterConfig.model_validate(config)).block_bytes)

@@ -142,7 +142,7 @@ class Reference:
     greedy_tokens: tuple[int, ...]
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "qwen2"])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "qwen2", "mistral"])
 def reference(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Reference:

@@ -37,6 +37,7 @@ def engine(request: pytest.FixtureRequest, bundled_model: Path) -> Any:
     config = ClusterConfig(
         model=str(bundled_model),
         tensor_parallel=request.param,
+        threads_per_rank=1,
         kv_memory=256 << 20,  # type: ignore[arg-type]
         max_context=1024,
     )

@@ -101,10 +101,15 @@ def finish(
 class ScriptedServer(inference_pb2_grpc.InferenceServicer, control_pb2_grpc.ControlServicer):
     """Gives the scripted answers one after the other, whatever is called, and records the calls."""
 
-    def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
+    def __init__(
+        self,
+        credentials: grpc.ServerCredentials | None = None,
+        max_message_bytes: int = 1 << 22,
+    ) -> None:
         self.calls: list[Call] = []
         self._script: deque[Answer] = deque()
-        self._server = grpc.server(ThreadPoolExecutor(8))
+        options = [("grpc.max_receive_message_length", max_message_bytes)]
+        self._server = grpc.server(ThreadPoolExecutor(8), options=options)
         inference_pb2_grpc.add_InferenceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
         control_pb2_grpc.add_ControlServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
         if credentials is None:

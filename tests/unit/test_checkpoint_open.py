@@ -154,6 +154,9 @@ def test_hub_id_is_fetched_at_its_revision(monkeypatch: pytest.MonkeyPatch, tmp_
         (2, {"eos_token_id": [7, 8]}, (7, 8)),
         (2, {"temperature": 0.6}, (2,)),
         (None, None, ()),
+        # The tiny model's vocabulary ends at 130.
+        ([2, 131, 128009], None, (2,)),
+        (2, {"eos_token_id": [130, 131]}, (130,)),
     ],
 )
 def test_eos(config: object, generation: object, expected: tuple[int, ...], tmp_path: Path) -> None:

@@ -51,6 +51,11 @@ def client(request: pytest.FixtureRequest, server: ScriptedServer) -> Iterator[A
         yield client
 
 
+@pytest.fixture(params=CLIENTS)
+def client_of(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
 def overloaded(nanos: int = 0, seconds: int = 0) -> Any:
     hint = RetryInfo(retry_delay=Duration(seconds=seconds, nanos=nanos))
     return fails(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", hint)
@@ -170,6 +175,22 @@ def test_nothing_is_tried_again_after_the_first_message(
     assert len(server.calls) == 1
 
 
+def test_a_message_too_large_is_an_invalid_request(client_of: Any) -> None:
+    """As gRPC refuses it, before the server sees any of it."""
+    with (
+        ScriptedServer(max_message_bytes=1 << 12) as server,
+        client_of(server.address) as client,
+        pytest.raises(InvalidRequestError, match=r"shorter prompt.*max_message_bytes") as caught,
+    ):
+        client.generate("x" * (1 << 13))
+
+    (violation,) = caught.value.violations
+    assert violation.field == "request"
+    assert "more than the 4096" in violation.description
+    assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert server.calls == []
+
+
 def test_overloaded_with_a_hint_is_tried_again(server: ScriptedServer, client: AnyClient) -> None:
     server.script(overloaded(nanos=1_000_000), says(token("a", 1), finish()))
     assert client.generate("hello").text == "a"
@@ -187,7 +208,7 @@ def test_a_long_hint_is_left_to_the_caller(server: ScriptedServer, client: AnyCl
 def test_overloaded_without_a_hint_is_not_tried_again(
     server: ScriptedServer, client: AnyClient
 ) -> None:
-    server.script(fails(grpc.StatusCode.RESOURCE_EXHAUSTED, "message too large"))
+    server.script(fails(grpc.StatusCode.RESOURCE_EXHAUSTED, "no memory for it"))
     with pytest.raises(OverloadedError) as caught:
         client.generate("hello")
     assert caught.value.retry_after is None

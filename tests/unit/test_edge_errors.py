@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
-from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -16,7 +14,6 @@ from structlog.testing import capture_logs
 
 from cluster.errors import InvalidRequest, Overloaded, Unavailable, Violation
 from cluster.request import HealthState
-from deploy.edge.calls import Calls
 from headwise.v1 import control_pb2
 from headwise.v1 import inference_pb2 as pb
 from tests.unit.edge_server import RunningEdge, running_edge
@@ -242,26 +239,3 @@ async def test_an_id_that_is_running_is_refused(edge: RunningEdge) -> None:
 
     assert "request_id" in violations(error)
     assert (await first.read()).text == "a"
-
-
-async def test_an_error_that_nobody_is_left_to_hear_ends_the_call_as_cancelled() -> None:
-    """What gRPC raises where a status cannot be sent, it would log as an error of the server."""
-
-    class Gone:
-        def set_trailing_metadata(self, metadata: object) -> None: ...
-
-        async def abort(self, *status: object) -> None:
-            raise grpc.aio.InternalError("the status cannot be sent")
-
-    async def late(request: object, context: object) -> None:
-        raise Unavailable("too late")
-
-    async def handler(details: object) -> Any:
-        return grpc.unary_unary_rpc_method_handler(late)
-
-    details: Any = SimpleNamespace(method="/headwise.v1.Control/GetLoad")
-    wrapped = await Calls().intercept_service(handler, details)
-    with capture_logs() as logs, pytest.raises(asyncio.CancelledError):
-        await wrapped.unary_unary(control_pb2.GetLoadRequest(), Gone())
-
-    assert [entry["outcome"] for entry in logs] == ["Unavailable"]

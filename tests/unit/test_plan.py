@@ -7,14 +7,12 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner, Result
 
-from deploy.plan import plan
+from deploy.cli import main
 from deploy.plan_report import PlanReport, make_plan
 from shards.footprint import model_size, rank_footprints, tokens_that_fit
 from shards.layout import make_layout
@@ -26,7 +24,7 @@ DATA = Path(__file__).parent / "data"
 QWEN = str(DATA / "qwen2-72b")
 GPT3 = str(DATA / "gpt3")
 
-Run = Callable[..., Result]
+Run = Callable[..., "Result"]
 
 
 def llama(heads: int, kv_heads: int, *, layers: int = 2, tied: bool = True) -> ModelSpec:
@@ -47,11 +45,23 @@ def llama(heads: int, kv_heads: int, *, layers: int = 2, tied: bool = True) -> M
     )
 
 
+@dataclass(frozen=True)
+class Result:
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
 @pytest.fixture
-def run() -> Run:
-    app = typer.Typer()
-    app.command()(plan)
-    return lambda *args: CliRunner().invoke(app, args)
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def headwise_plan(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["headwise", "plan", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return Result(int(ended.value.code or 0), printed.out, printed.err)
+
+    return headwise_plan
 
 
 def report(spec: ModelSpec, world: int, **options: int) -> PlanReport:
@@ -140,9 +150,10 @@ def test_layers_that_differ_are_told_apart() -> None:
 @pytest.mark.parametrize("ranks", [8, 6, 5])
 def test_qwen2_72b(run: Run, ranks: int) -> None:
     ran = run(
-        "--model", QWEN, "--tensor-parallel", str(ranks), "--memory-per-rank", "80GiB", "--json"
+        *("--model", QWEN, "--tensor-parallel", str(ranks), "--device", "cuda"),
+        *("--memory-per-rank", "80GiB", "--json"),
     )
-    assert ran.exit_code == 0, ran.output
+    assert ran.exit_code == 0, ran.stderr
     planned = PlanReport.model_validate_json(ran.stdout)
     assert planned.tensor_parallel == ranks == len(planned.ranks)
     assert planned.splits[0].heads[-1].stop == 64
@@ -153,8 +164,8 @@ def test_qwen2_72b(run: Run, ranks: int) -> None:
 
 
 def test_gpt3_shape(run: Run) -> None:
-    ran = run("-m", GPT3, "--tensor-parallel", "7", "--json")
-    assert ran.exit_code == 0, ran.output
+    ran = run("-m", GPT3, "-n", "7", "--json")
+    assert ran.exit_code == 0, ran.stderr
     planned = PlanReport.model_validate_json(ran.stdout)
     assert 174e9 < planned.parameters < 176e9
     assert [len(run) for run in planned.splits[0].heads] == [14, 14, 14, 14, 14, 13, 13]
@@ -163,7 +174,7 @@ def test_gpt3_shape(run: Run) -> None:
 
 def test_table_and_picture(run: Run) -> None:
     ran = run("--model", QWEN, "--tensor-parallel", "6", "--kv-memory", "4GiB")
-    assert ran.exit_code == 0, ran.output
+    assert ran.exit_code == 0, ran.stderr
     for text in ("11-21 (11)", "1* 2* (2)", "161 all-reduces", "tokens that fit", "rank 5  Q"):
         assert text in ran.stdout
     rows = [line for line in ran.stdout.splitlines() if "(25344)" in line]
@@ -172,7 +183,7 @@ def test_table_and_picture(run: Run) -> None:
 
 def test_capacity_alone_says_how_many_ranks(run: Run) -> None:
     ran = run("--model", QWEN, "--capacity", "2,1,1", "--json")
-    assert ran.exit_code == 0, ran.output
+    assert ran.exit_code == 0, ran.stderr
     planned = json.loads(ran.stdout)
     assert [rank["capacity"] for rank in planned["ranks"]] == [2, 1, 1]
     heads = [run["stop"] - run["start"] for run in planned["splits"][0]["heads"]]
@@ -182,11 +193,12 @@ def test_capacity_alone_says_how_many_ranks(run: Run) -> None:
 def test_dtype_and_context(run: Run) -> None:
     def planned(*options: str) -> PlanReport:
         ran = run("--model", GPT3, "--tp", "8", "--kv-memory", "8GiB", "--json", *options)
-        assert ran.exit_code == 0, ran.output
+        assert ran.exit_code == 0, ran.stderr
         return PlanReport.model_validate_json(ran.stdout)
 
-    half, full = planned(), planned("--dtype", "float32", "--context", "1024")
+    half, full = planned("--device", "cuda"), planned("--dtype", "float32", "--context", "1024")
     assert (half.dtype, half.context, full.context) == ("float16", 2048, 1024)
+    assert planned().dtype == "float32"
     assert full.ranks[0].weight_bytes == 2 * half.ranks[0].weight_bytes
     assert full.sequences == (full.tokens or 0) // 1024
 
@@ -205,22 +217,24 @@ def test_dtype_and_context(run: Run) -> None:
         (["--capacity", "2,0"], "capacity of rank 1 is 0"),
         (["--kv-memory", "lots"], "--kv-memory lots: give a number of bytes with a unit"),
         (["--kv-memory", "1GiB", "--memory-per-rank", "2GiB"], "exclude each other"),
+        (["--capacity", "1,1e300"], "capacity of rank 1 is 1e+300 times that of rank 0"),
         (["--context", "40000"], "--context 40000: the model's positions end at 32768"),
     ],
 )
-def test_refusals_are_one_sentence_and_exit_code_2(
+def test_refusals_are_one_sentence_and_exit_code_1(
     run: Run, options: list[str], message: str
 ) -> None:
     ran = run("--model", QWEN, *options)
-    assert ran.exit_code == 2
+    assert ran.exit_code == 1
     assert ran.stdout == ""
+    assert ran.stderr.startswith("headwise: ")
     assert message in ran.stderr
     assert len(ran.stderr.splitlines()) == 1
 
 
 def test_a_model_that_is_not_there(run: Run, tmp_path: Path) -> None:
     ran = run("--model", str(tmp_path / "nowhere"))
-    assert ran.exit_code == 2
+    assert ran.exit_code == 1
     assert "nowhere" in ran.stderr
     assert len(ran.stderr.splitlines()) == 1
 

@@ -21,6 +21,12 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 _DTYPES = ("float32", "float16", "bfloat16")
 
+# Several times the largest of any model. A config that states more is damaged or hostile, and would
+# keep a planner busy for minutes: dealing heads takes time by their square.
+_MOST_LAYERS = 10_000
+_MOST_HEADS = 4096
+_MOST = 2**31 - 1
+
 
 class Fields:
     """The fields of one config: what it states, else the family's default.
@@ -46,12 +52,22 @@ class Fields:
                 return self._config[spelling]
         return self._defaults.get(name)
 
-    def integer(self, name: str) -> int:
-        """A whole number above 0."""
+    def integer(self, name: str, most: int = _MOST) -> int:
+        """A whole number from 1 to `most`."""
         value = self.get(name)
         if type(value) is not int or value < 1:
             raise _refuse(name, value, "a whole number above 0 is needed")
+        if value > most:
+            raise _refuse(name, value, f"at most {most:,} is supported")
         return value
+
+    def layers(self, name: str) -> int:
+        """How many layers there are."""
+        return self.integer(name, _MOST_LAYERS)
+
+    def heads(self, name: str) -> int:
+        """How many heads a layer has."""
+        return self.integer(name, _MOST_HEADS)
 
     def number(self, name: str) -> float:
         """A finite number above 0."""
@@ -79,8 +95,8 @@ class Fields:
 
     def head_counts(self, heads: str, kv_heads: str) -> tuple[int, int]:
         """Query and KV heads; the latter default to the former and must divide them."""
-        count = self.integer(heads)
-        kv_count = self.integer(kv_heads) if self.get(kv_heads) is not None else count
+        count = self.heads(heads)
+        kv_count = self.heads(kv_heads) if self.get(kv_heads) is not None else count
         if count % kv_count:
             raise UnsupportedModel(
                 f"config fields {heads}={count} and {kv_heads}={kv_count}: "
@@ -96,7 +112,7 @@ class Fields:
 
     def even_share(self, width: str, heads: str) -> int:
         """`width` / `heads`, the head_dim of families that state none."""
-        total, count = self.integer(width), self.integer(heads)
+        total, count = self.integer(width), self.heads(heads)
         if total % count:
             raise UnsupportedModel(
                 f"config fields {width}={total} and {heads}={count}: the heads must divide it"

@@ -43,7 +43,7 @@ def _layer(fields: Fields, index: int) -> Layer:
     scale = head_dim**-0.5 if fields.flag("scale_attn_weights") else 1.0
     if fields.flag("scale_attn_by_inverse_layer_idx"):
         scale /= index + 1
-    heads = fields.integer("n_head")
+    heads = fields.heads("n_head")
     return Layer(
         Attention(heads, heads, head_dim, scale, qkv_bias=True, out_bias=True),
         FeedForward(ffn_width(fields), fields.activation("activation_function"), False, bias=True),
@@ -59,7 +59,7 @@ def ffn_width(fields: Fields) -> int:
 def _spec(config: Mapping[str, Any]) -> ModelSpec:
     fields = Fields(config, _DEFAULTS, ALIASES)
     fields.refuse_flag("add_cross_attention", NO_CROSS_ATTENTION)
-    count = fields.integer("n_layer")
+    count = fields.layers("n_layer")
     if fields.flag("scale_attn_by_inverse_layer_idx"):
         layers = tuple(_layer(fields, i) for i in range(count))
     else:

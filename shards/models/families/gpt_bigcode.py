@@ -35,7 +35,7 @@ _DEFAULTS: dict[str, Any] = {
 def _spec(config: Mapping[str, Any]) -> ModelSpec:
     fields = Fields(config, _DEFAULTS, ALIASES)
     fields.refuse_flag("add_cross_attention", NO_CROSS_ATTENTION)
-    heads, head_dim = fields.integer("n_head"), fields.even_share("n_embd", "n_head")
+    heads, head_dim = fields.heads("n_head"), fields.even_share("n_embd", "n_head")
     layer = Layer(
         Attention(
             heads=heads,
@@ -53,7 +53,7 @@ def _spec(config: Mapping[str, Any]) -> ModelSpec:
         width=fields.integer("n_embd"),
         vocabulary=fields.integer("vocab_size"),
         context=positions,
-        layers=(layer,) * fields.integer("n_layer"),
+        layers=(layer,) * fields.layers("n_layer"),
         norm=Norm("layer", fields.number("layer_norm_epsilon"), bias=True),
         positions=LearnedPositions(positions),
         tied_embeddings=fields.flag("tie_word_embeddings"),

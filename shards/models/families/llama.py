@@ -101,7 +101,7 @@ def _spec(config: Mapping[str, Any]) -> ModelSpec:
         width=fields.integer("hidden_size"),
         vocabulary=fields.integer("vocab_size"),
         context=context(fields),
-        layers=(layer,) * fields.integer("num_hidden_layers"),
+        layers=(layer,) * fields.layers("num_hidden_layers"),
         norm=Norm("rms", fields.number("rms_norm_eps")),
         rotary=rotary(fields, head_dim),
         tied_embeddings=fields.flag("tie_word_embeddings"),

@@ -34,7 +34,7 @@ _ABSENT_KV_HEADS = {**_DEFAULTS, "num_key_value_heads": 32}
 
 def _windows(fields: Fields, longest: int) -> list[int | None]:
     """Each layer's window: those from `max_window_layers` on, or as `layer_types` says."""
-    layers = fields.integer("num_hidden_layers")
+    layers = fields.layers("num_hidden_layers")
     window = fields.window("sliding_window", longest)
     if not fields.flag("use_sliding_window") or window is None:
         return [None] * layers
