@@ -47,7 +47,7 @@ class LocalRay:
             return
         if directory is None:  # short: the paths of unix sockets are limited
             directory = self._own_directory = tempfile.mkdtemp(prefix="hw-")
-        ray.init(
+        _start_ray(
             address="local",
             num_cpus=cpus,
             include_dashboard=False,
@@ -65,6 +65,22 @@ class LocalRay:
             self._started = False
         if self._own_directory is not None:
             shutil.rmtree(self._own_directory, ignore_errors=True)
+
+
+def _start_ray(**options: Any) -> None:
+    """`ray.init`, again where Ray was too slow for itself: it gives its own processes 30 s, always,
+    which a first start on a busy machine may pass; the next finds their files in memory."""
+    others = set(psutil.Process().children(recursive=True))
+    for last_try in (False, False, True):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            if last_try or "timed out during startup" not in str(error):
+                raise
+            for process in set(psutil.Process().children(recursive=True)) - others:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def bundles(config: ClusterConfig) -> list[dict[str, float]]:
