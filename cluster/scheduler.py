@@ -16,9 +16,9 @@ a block or slot that is given up may be given away in the very next plan, whatev
 from __future__ import annotations
 
 import struct
-from collections import deque
 
 from cluster.blocks import BlockPool
+from cluster.room import Room, forget_stay
 from cluster.sequence import Sequence, SequenceQueue
 from shards.contract import Sampled, SlotStart, SlotWork, StepPlan, StepResult
 
@@ -77,8 +77,7 @@ class Scheduler:
     ) -> None:
         """`window`: the largest of the layers' windows, None where a layer sees everything."""
         self._pool = pool
-        self._window = window
-        self._max_sequences = max_sequences
+        self._room = Room(pool, max_sequences, window)
         self._max_step_tokens = max_step_tokens
         self._waiting = SequenceQueue()
         self._running = SequenceQueue()
@@ -132,7 +131,7 @@ class Scheduler:
             return
         sequence.finished = True
         if sequence.slot is not None:
-            self._leave_slot(sequence)
+            self._leave(sequence)
         elif not sequence.resting:
             self._waiting.remove(sequence)
 
@@ -154,12 +153,9 @@ class Scheduler:
         """
         self._epoch = epoch
         self._flights: dict[int, _Flight] = {}
-        self._free_slots = deque(range(self._max_sequences))
-        self._ended: list[int] = []
-        self._copies: dict[int, int] = {}  # target block -> source
-        self._pool.clear()
+        self._room.clear()
         for sequence in self._running:
-            self._forget_stay(sequence)
+            forget_stay(sequence)
             if not sequence.resting:
                 self._waiting.add(sequence)
         self._running = SequenceQueue()
@@ -179,11 +175,15 @@ class Scheduler:
         self._admit(draft)
         if not draft.work:
             return None
-        ended, self._ended = tuple(self._ended), []
-        copies = tuple((source, target) for target, source in self._copies.items())
-        self._copies = {}
         self._flights[step] = draft.flight
-        return StepPlan(step, epoch, tuple(draft.work), tuple(draft.starts), ended, copies)
+        return StepPlan(
+            step,
+            epoch,
+            tuple(draft.work),
+            tuple(draft.starts),
+            self._room.take_ended(),
+            self._room.take_copies(),
+        )
 
     def commit(self, result: StepResult) -> list[tuple[Sequence, Sampled]]:
         """Take a step's result; returns the new token of each live sequence, already appended,
@@ -211,7 +211,7 @@ class Scheduler:
             # A sequence takes a slot only when nothing of an earlier stay is in flight, so what is
             # in a slot now is what computed these positions.
             if sequence.slot is not None:
-                self._seal(sequence, end)
+                self._room.seal(sequence, end)
         return committed
 
     def fork(
@@ -228,7 +228,7 @@ class Scheduler:
         spare = [sequence for sequence in sequences if sequence not in parents]
         for sequence in spare:
             if sequence.slot is not None:
-                self._leave_slot(sequence)
+                self._leave(sequence)
         heirs: list[Sequence] = []
         for parent, _ in children:
             if parent in parents:
@@ -236,35 +236,19 @@ class Scheduler:
                 heirs.append(parent)
             else:
                 heirs.append(spare.pop(0))
-                self._branch(parent, heirs[-1])
+                heirs[-1].tokens = list(parent.tokens)
+                heirs[-1].started = True
+                if self._room.branch(parent, heirs[-1]):
+                    self._running.add(heirs[-1])
         # Only now: until here a parent's tokens are those that its other children follow.
         for heir, (_, token) in zip(heirs, children, strict=True):
             heir.tokens.append(token)
             heir.resting = False
             if heir.slot is None:
                 self._waiting.add(heir)
-            elif heir.announced:
-                self._ended.append(heir.slot)
-                heir.announced = False
+            else:
+                self._room.announce_again(heir)
         return heirs
-
-    def _branch(self, parent: Sequence, heir: Sequence) -> None:
-        """Make `heir`, which has no slot, a second `parent`, keys and values included if it can."""
-        heir.tokens = list(parent.tokens)
-        heir.started = True
-        if parent.slot is None or not self._free_slots:
-            return
-        whole = parent.planned // self._pool.block_size
-        shared, written = parent.blocks[parent.passed : whole], parent.blocks[whole:]
-        copies = self._pool.allocate(len(written))
-        if copies is None:
-            return
-        self._pool.share(shared)
-        self._copies.update(zip(copies, written, strict=True))
-        heir.blocks = parent.blocks[:whole] + copies
-        heir.passed = parent.passed
-        heir.planned, heir.sealed = parent.planned, parent.sealed
-        self._enter_slot(heir)
 
     def _rest(self, sequence: Sequence) -> None:
         sequence.resting = True
@@ -279,21 +263,10 @@ class Scheduler:
             # Victims are taken from the end, so one that lost its slot was not planned yet.
             if sequence.slot is None or sequence.remaining != 1:
                 continue
-            self._give_back_passed(sequence)
+            self._room.give_back_passed(sequence)
             blocks = self._block_for_decode(sequence)
             if blocks is not None:
                 draft.add(sequence, blocks)
-
-    def _give_back_passed(self, sequence: Sequence) -> None:
-        """Free the blocks that no window reaches from the next position on. Ranks execute plans in
-        order, so what is in flight still finds them as they were."""
-        if self._window is None:
-            return
-        reached = max(0, sequence.planned + 1 - self._window) // self._pool.block_size
-        reached = min(reached, len(sequence.blocks))
-        if reached > sequence.passed:
-            self._pool.free(sequence.blocks[sequence.passed : reached])
-            sequence.passed = reached
 
     def _block_for_decode(self, sequence: Sequence) -> list[int] | None:
         """The block that the next position needs, [] if none; None if `sequence` had to give way.
@@ -316,7 +289,7 @@ class Scheduler:
             if not draft.budget:
                 break
             if sequence.remaining > 1:
-                self._give_back_passed(sequence)
+                self._room.give_back_passed(sequence)
                 draft.add(sequence, [])
 
     def _admit(self, draft: _Draft) -> None:
@@ -330,7 +303,8 @@ class Scheduler:
             if sequence.inflight or not self._find_room(sequence):
                 break
             self._waiting.remove(sequence)
-            self._enter_slot(sequence)
+            self._running.add(sequence)
+            self._room.enter(sequence)
             draft.add(sequence, [])
 
     def _awaits_leader(self, sequence: Sequence) -> bool:
@@ -346,32 +320,12 @@ class Scheduler:
         Hypotheses that rest make room for others of their search, or it might never go on, and for
         requests that come before theirs, or two searches might wait for each other.
         """
-        while not (self._free_slots and self._allot(sequence)):
+        # One block per running sequence is left, so that a start does not at once preempt.
+        while not (self._room.has_slot and self._room.allot(sequence, len(self._running))):
             resting = [other for other in self._running if other.resting]
             if not resting or resting[-1].request_order < sequence.request_order:
                 return False
             self._preempt(resting[-1])
-        return True
-
-    def _allot(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence blocks for all its tokens, cached ones first, or change nothing.
-
-        One block per running sequence is left free, so that a start does not at once preempt.
-        """
-        tokens, pool = sequence.tokens, self._pool
-        # Prompt logprobs come from computing the prompt.
-        cacheable = sequence.sampling.prompt_logprobs < 0
-        cached = pool.match(tokens, sequence.cache_salt) if cacheable else []
-        missing = pool.blocks_for(len(tokens)) - len(cached)
-        pool.share(cached)
-        enough = pool.free_blocks >= missing + len(self._running)
-        fresh = pool.allocate(missing) if enough else None
-        if fresh is None:
-            pool.free(cached)
-            return False
-        sequence.blocks = cached + fresh
-        sequence.sealed = len(cached)
-        sequence.planned = len(cached) * pool.block_size
         if not sequence.started:
             sequence.started = True
             sequence.cached_tokens = sequence.planned
@@ -381,39 +335,10 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._preemptions += 1
-        self._leave_slot(sequence)
+        self._leave(sequence)
         if not sequence.resting:
             self._waiting.add(sequence)
 
-    def _enter_slot(self, sequence: Sequence) -> None:
-        self._running.add(sequence)
-        sequence.slot = self._free_slots.popleft()
-
-    def _leave_slot(self, sequence: Sequence) -> None:
-        assert sequence.slot is not None
+    def _leave(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._pool.free(sequence.blocks[sequence.passed :])
-        if sequence.announced:
-            self._ended.append(sequence.slot)
-        self._free_slots.append(sequence.slot)
-        self._forget_stay(sequence)
-
-    @staticmethod
-    def _forget_stay(sequence: Sequence) -> None:
-        sequence.slot = None
-        sequence.announced = False
-        sequence.blocks = []
-        sequence.passed = 0
-        sequence.planned = 0
-        sequence.sealed = 0
-
-    def _seal(self, sequence: Sequence, computed: int) -> None:
-        """Register the blocks that lie wholly in the first `computed` positions."""
-        size, blocks = self._pool.block_size, sequence.blocks
-        for i in range(sequence.sealed, computed // size):
-            if i <= sequence.passed and sequence.passed:
-                return  # what it would be chained to is somebody else's
-            parent = blocks[i - 1] if i else None
-            tokens = sequence.tokens[i * size : (i + 1) * size]
-            self._pool.seal(blocks[i], tokens, parent, sequence.cache_salt)
-        sequence.sealed = max(sequence.sealed, computed // size)
+        self._room.leave(sequence)
