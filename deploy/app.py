@@ -77,7 +77,13 @@ class Replica:
         """What `headwise serve` prints."""
         assert self._driver is not None
         assert self._edge is not None
-        return Ready(grpc=self._edge.address, model=self._driver.model, ranks=self._driver.ranks)
+        load = self._driver.load()
+        return Ready(
+            grpc=self._edge.address,
+            model=self._driver.model,
+            ranks=self._driver.ranks,
+            kv_tokens=load.kv_blocks * load.block_size,
+        )
 
     async def __call__(self, request: Request) -> Response:
         """GET /health: the state of every rank. The token path is the edge's."""

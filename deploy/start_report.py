@@ -37,12 +37,14 @@ class Failed(BaseModel):
 
 
 class Ready(BaseModel):
-    """Where a replica listens, and what it serves with which ranks."""
+    """Where a replica listens, and what it serves with which ranks; `kv_tokens` is how many tokens
+    its KV cache holds."""
 
     event: Literal["ready"] = "ready"
     grpc: str
     model: ModelInfo
     ranks: tuple[RankInfo, ...]
+    kv_tokens: int
 
 
 Event = Progress | Failed | Ready

@@ -167,4 +167,7 @@ def _as_text(ready: Ready) -> str:
         f"(KV {rank.kv_heads[0]}-{rank.kv_heads[1] - 1})"
         for rank in ready.ranks
     )
-    return f"ready: {ready.model.name} at {ready.grpc} (gRPC); {ranks}"
+    return (
+        f"ready: {ready.model.name} at {ready.grpc} (gRPC); {ranks}; "
+        f"KV cache for {ready.kv_tokens:,} tokens"
+    )

@@ -128,6 +128,7 @@ def test_the_ready_line_says_where_and_which_rank_holds_what(server: Server) -> 
     assert server.ready["model"]["heads"] == 9
     assert [rank["heads"] for rank in server.ready["ranks"]] == [[0, 5], [5, 9]]
     assert len({rank["pid"] for rank in server.ready["ranks"]}) == 2
+    assert server.ready["kv_tokens"] > 0
 
 
 def test_sixteen_streams_at_a_time_each_equal_their_solo_run(client: Client) -> None:
