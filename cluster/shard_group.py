@@ -47,17 +47,21 @@ class LocalRay:
             return
         if directory is None:  # short: the paths of unix sockets are limited
             directory = self._own_directory = tempfile.mkdtemp(prefix="hw-")
-        _start_ray(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level="warning",
-            _node_ip_address="127.0.0.1",
-            # Not `directory` itself: Ray opens what it is given to every user of the machine.
-            _temp_dir=os.path.join(directory, "ray"),
-        )
+        try:
+            _start_ray(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level="warning",
+                _node_ip_address="127.0.0.1",
+                # Not `directory` itself: Ray opens what it is given to every user of the machine.
+                _temp_dir=os.path.join(directory, "ray"),
+            )
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         if self._started:
