@@ -203,6 +203,15 @@ class Driver:
                 Violation("request_id", f"{request.id!r} is in use by a request that still runs")
             )
         length = max_length(request, self._model.context)
+        known = len(request.prompt) + len(request.generated)
+        if not 0 < known < length:
+            raise InvalidRequest(
+                Violation(
+                    "prompt",
+                    f"{known} tokens, prompt and generated ones together, where the request ends "
+                    f"at {length}: give at least one, and leave room for another",
+                )
+            )
         if not scheduler.fits(length):
             room = self.load().kv_blocks * config.block_size
             raise InvalidRequest(

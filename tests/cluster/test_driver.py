@@ -206,6 +206,14 @@ def test_a_name_in_use_is_refused(driver: Driver) -> None:
     first.close()
 
 
+@pytest.mark.parametrize("length", [0, 256, 300])
+def test_a_prompt_without_room_for_a_token_is_refused(driver: Driver, length: int) -> None:
+    """Also by those who skip validation: it must not reach the engine's thread."""
+    with pytest.raises(InvalidRequest, match=f"{length} tokens"):
+        driver.submit(Request("no-room", (1,) * length, GREEDY))
+    assert len(tokens_of(list(driver.submit(request("next", [1] * 255, 1))))) == 1
+
+
 def test_what_never_fits_the_cache_is_refused_at_once(model_dir: Path) -> None:
     driver = start(model_dir, world=1, kv_memory=64 << 10)
     try:

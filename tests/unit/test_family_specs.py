@@ -196,6 +196,13 @@ def test_unknown_architecture_lists_the_known(config: dict[str, Any], said: str)
         family_of_config(config)
 
 
+@pytest.mark.parametrize("field", [{"max_window_layers": "28"}, {"layer_types": 3}])
+def test_windows_that_cannot_be_read_are_refused(field: dict[str, Any]) -> None:
+    (name,) = field
+    with pytest.raises(UnsupportedModel, match=name):
+        spec_of("qwen2", use_sliding_window=True, sliding_window=64, **field)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
 def test_gguf_names_are_those_of_the_converter(architecture: str) -> None:
     """Each parameter's two names, one per format, are a pair in the gguf package's table."""

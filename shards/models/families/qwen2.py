@@ -41,10 +41,15 @@ def _windows(fields: Fields, longest: int) -> list[int | None]:
     kinds = fields.get("layer_types")
     if kinds is None:
         first = fields.get("max_window_layers")
+        if type(first) is not int:
+            raise UnsupportedModel(
+                f"config field max_window_layers is {first!r}: a whole number is needed"
+            )
         return [window if i >= first else None for i in range(layers)]
-    if len(kinds) != layers:
+    if not isinstance(kinds, list) or len(kinds) != layers:
         raise UnsupportedModel(
-            f"config field layer_types lists {len(kinds)} layers and num_hidden_layers is {layers}"
+            f"config field layer_types is {kinds!r:.80}: one entry for each of the "
+            f"num_hidden_layers={layers} is needed"
         )
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
