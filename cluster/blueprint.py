@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cluster.config import ClusterConfig
 from cluster.request import ModelInfo
+from shards.checkpoint.storage import choose_storage
 from shards.collectives import Transport
 from shards.config import ShardConfig
 from shards.errors import NotEnoughMemory
@@ -20,7 +21,8 @@ _RANK_OVERHEAD = 400 << 20
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """A model, its split and what each rank will hold. `dtype` and `context` are settled."""
+    """A model, its split and what each rank will hold. `dtype` and `context` are settled; `widened`
+    are weights that were to be quantised and cannot be (`Choice.widened`)."""
 
     config: ClusterConfig
     source: ModelSource
@@ -28,6 +30,7 @@ class Blueprint:
     footprints: tuple[RankFootprint, ...]
     dtype: str
     context: int
+    widened: tuple[str, ...]
 
     @property
     def block_bytes(self) -> tuple[int, ...]:
@@ -73,12 +76,14 @@ class Blueprint:
             layout=self.layout,
             rank=rank,
             dtype=self.dtype,
+            quantization=config.quantization,
             # Ray shows each GPU rank one device.
             device="cpu" if config.device == "cpu" else "cuda:0",
             threads=config.threads_per_rank or whole_cpus,
             host_ranks=host_ranks,
             block_size=config.block_size,
             max_sequences=config.max_sequences,
+            max_step_tokens=config.max_step_tokens,
             context=self.context,
             kv_memory=None if config.kv_memory is None else int(config.kv_memory),
             collective=collective,
@@ -95,10 +100,11 @@ def draw_up(config: ClusterConfig) -> Blueprint:
     layout = make_layout(source.spec, config.tensor_parallel, config.capacity)
     dtype = settle_dtype(config.dtype, source.spec, config.device)
     context = min(source.spec.context, config.max_context or source.spec.context)
-    footprints = rank_footprints(source.spec, layout, dtype)
+    storage = choose_storage(source, layout, config.quantization)
+    footprints = rank_footprints(source.spec, layout, dtype, storage.schemes)
     if config.device == "cpu" and config.placement == "STRICT_PACK":
         _check_memory(config, footprints)
-    return Blueprint(config, source, layout, footprints, dtype, context)
+    return Blueprint(config, source, layout, footprints, dtype, context, storage.widened)
 
 
 def _check_memory(config: ClusterConfig, footprints: tuple[RankFootprint, ...]) -> None:
@@ -110,5 +116,6 @@ def _check_memory(config: ClusterConfig, footprints: tuple[RankFootprint, ...]) 
             f"{config.model} on {len(footprints)} ranks of this host needs about "
             f"{need / 2**30:.1f} GiB (weights, {cache / 2**30:.1f} GiB of KV cache, and "
             f"{_RANK_OVERHEAD >> 20} MiB a rank) and {left / 2**30:.1f} GiB are left: "
-            "give a smaller --kv-memory, a 16-bit --dtype, or spread the ranks over more hosts"
+            "give a smaller --kv-memory, a 16-bit --dtype, --quantization int8 or int4, or spread "
+            "the ranks over more hosts"
         )

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, model_validator
 
+from shards.quantization.choice import Quantization
+
 
 def _capacities(value: object) -> object:
     """Accept the command line's `2,1,1`."""
@@ -24,6 +26,9 @@ class ClusterConfig(BaseModel):
 
     `capacity` gives each rank's relative speed and then also says how many ranks there are.
     `kv_memory` is per rank; by default it is sized from the memory that is left after the weights.
+    `dtype` is that of hidden states, KV cache and the weights that are not quantised;
+    `quantization` says which are (`shards/quantization/choice.py`): by default those that the
+    checkpoint has so, in its own blocks.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -35,7 +40,8 @@ class ClusterConfig(BaseModel):
     capacity: Capacity | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    collective: Literal["auto", "shared_memory", "gloo", "nccl"] = "auto"
+    quantization: Quantization = "auto"
+    collective: Literal["auto", "shared_memory", "gloo", "nccl", "symmetric_memory"] = "auto"
     placement: Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"] = "STRICT_PACK"
     cpus_per_rank: Annotated[float, Field(gt=0)] = 1
     threads_per_rank: Annotated[int, Field(ge=1)] | None = None

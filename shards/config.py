@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from shards.collectives import Transport
 from shards.layout import Layout
 from shards.models.source import ModelSource
+from shards.quantization.choice import Quantization
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +23,13 @@ class ShardConfig:
     layout: Layout
     rank: int
     dtype: str
+    quantization: Quantization
     device: str
     threads: int
     host_ranks: int
     block_size: int
     max_sequences: int
+    max_step_tokens: int
     context: int
     kv_memory: int | None
     collective: Transport

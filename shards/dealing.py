@@ -18,7 +18,9 @@ on both sides) and not 6/3 (16 and 8). Three ranks get 3/3/3, a whole group each
 
 Channels and rows: dealt in units of a power of two up to 64, for the sake of vector loads, by
 largest remainders. The unit is the largest that makes the slowest rank at most 1/16 slower than
-single rows would. The last range ends where the axis does, inside a unit if it must.
+single rows would; where rows come in blocks, and these divide the axis, a whole block may make it
+1/4 slower. FFN channels do, since a quantised weight that is cut inside a block has to be widened.
+The last range ends where the axis does, inside a unit if it must.
 
     Bound: a rank holds less than its exact share plus one unit, or one unit where that is more;
     where nobody's share is below one unit, it also holds more than its share minus one unit.
@@ -34,6 +36,7 @@ from itertools import accumulate, pairwise
 
 _WIDER_UNITS = (64, 32, 16, 8, 4, 2)
 _SLOWER_AT_MOST = Fraction(17, 16)
+_SLOWER_FOR_WHOLE_BLOCKS = Fraction(5, 4)
 
 
 class _HeadCosts:
@@ -132,14 +135,17 @@ def _suffices(costs: _HeadCosts, budgets: Sequence[int]) -> bool:
     return stop == costs.heads
 
 
-def deal_rows(rows: int, weights: Sequence[int]) -> list[int]:
-    """Ranges in the largest unit that leaves the slowest rank nearly as fast as unit 1 would."""
+def deal_rows(rows: int, weights: Sequence[int], block: int = 1) -> list[int]:
+    """Ranges in the largest unit that leaves the slowest rank nearly as fast as unit 1 would, with
+    more patience for whole blocks of `block` rows (1 or a power of two up to 64)."""
     finest = _deal_units(rows, 1, weights)
-    limit = _SLOWER_AT_MOST * _slowest(finest, weights)
+    least = _slowest(finest, weights)
     for unit in _WIDER_UNITS:
         if -(-rows // unit) >= len(weights):
             dealt = _deal_units(rows, unit, weights)
-            if _slowest(dealt, weights) <= limit:
+            is_block = unit == block and rows % block == 0
+            limit = _SLOWER_FOR_WHOLE_BLOCKS if is_block else _SLOWER_AT_MOST
+            if _slowest(dealt, weights) <= limit * least:
                 return dealt
     return finest
 

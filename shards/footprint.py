@@ -5,12 +5,16 @@ Arithmetic on a `ModelSpec` and a `Layout`. A leaf: no torch, no ray.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from shards.layout import Layout
 from shards.models.parameters import Cut, Parameter, parameters
 from shards.models.spec import ModelSpec
+from shards.quantization.scheme import Scheme
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -62,8 +66,14 @@ def model_size(spec: ModelSpec) -> ModelSize:
     )
 
 
-def rank_footprints(spec: ModelSpec, layout: Layout, dtype: str) -> tuple[RankFootprint, ...]:
-    """One per rank, with weights and KV cache in `dtype` (a key of `DTYPE_BYTES`)."""
+def rank_footprints(
+    spec: ModelSpec,
+    layout: Layout,
+    dtype: str,
+    schemes: Mapping[str, Scheme] = MappingProxyType({}),
+) -> tuple[RankFootprint, ...]:
+    """One per rank, with KV cache and weights in `dtype` (a key of `DTYPE_BYTES`), but for the
+    parameters that `schemes` lists by name: see `shards/quantization/choice.py`."""
     size = DTYPE_BYTES[dtype]
     table = parameters(spec)
     footprints = []
@@ -74,11 +84,23 @@ def rank_footprints(spec: ModelSpec, layout: Layout, dtype: str) -> tuple[RankFo
         )
         footprints.append(
             RankFootprint(
-                weights=size * sum(_elements(p, len(layout.owned(p, rank))) for p in table),
+                weights=sum(
+                    slice_bytes(p, len(layout.owned(p, rank)), dtype, schemes.get(p.name))
+                    for p in table
+                ),
                 kv_per_token=size * kv_channels,
             )
         )
     return tuple(footprints)
+
+
+def slice_bytes(parameter: Parameter, along_axis: int, dtype: str, scheme: Scheme | None) -> int:
+    """Of a slice that is `along_axis` long where the parameter is cut; in `dtype` without a
+    scheme."""
+    if scheme is None:
+        return DTYPE_BYTES[dtype] * _elements(parameter, along_axis)
+    rows, inputs = parameter.sliced(along_axis)
+    return scheme.bytes_of(rows, inputs)
 
 
 def communication(spec: ModelSpec, layout: Layout, dtype: str) -> Communication:
@@ -119,11 +141,7 @@ def slowdown(spec: ModelSpec, layout: Layout) -> float:
 
 def _elements(parameter: Parameter, along_axis: int) -> int:
     """Elements of a slice that is `along_axis` long where the parameter is cut."""
-    elements = along_axis
-    for axis, length in enumerate(parameter.shape):
-        if axis != parameter.axis:
-            elements *= length
-    return elements
+    return math.prod(parameter.sliced(along_axis))
 
 
 def _is_multiplied(parameter: Parameter, spec: ModelSpec) -> bool:

@@ -20,6 +20,7 @@ from shards.dealing import deal_heads, deal_rows
 from shards.errors import IllegalSplit
 from shards.models.parameters import Cut, Parameter
 from shards.models.spec import ModelSpec
+from shards.quantization.scheme import BLOCK
 
 # Far beyond any two devices; what is cut by such numbers stays exact, and its balance finite.
 _MOST_TIMES_AS_FAST = 1_000_000
@@ -102,7 +103,7 @@ def _split(heads: int, kv_heads: int, channels: int, weights: Sequence[int]) -> 
     return LayerSplit(
         heads=runs,
         kv_heads=tuple(Range(run.start // group, (run.stop - 1) // group + 1) for run in runs),
-        channels=_ranges(deal_rows(channels, weights)),
+        channels=_ranges(deal_rows(channels, weights, BLOCK)),
     )
 
 

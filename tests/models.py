@@ -73,7 +73,8 @@ def save(model: PreTrainedModel, folder: Path, **options: Any) -> Path:
 def write_gguf(model: PreTrainedModel, path: Path, quantisation: str = "F32") -> Path:
     """`model` (llama, qwen2 or gpt2) as llama.cpp's converter would write it, without tokenizer.
 
-    Matrices are stored as `quantisation` where their rows are whole blocks of it, else as F32.
+    Matrices are stored as `quantisation` where their rows are whole blocks of it, else as F32; see
+    `quantised_blocks` for what a K-quant's hold.
     """
     architecture = model.config.model_type
     writer = gguf.GGUFWriter(path, architecture)
@@ -151,4 +152,22 @@ def _write_tensor(
     block, _ = gguf.GGML_QUANT_SIZES[kind]
     if values.ndim == 1 or values.shape[-1] % block:
         kind = gguf.GGMLQuantizationType.F32
-    writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.add_tensor(name, quantised_blocks(values, kind.name), raw_dtype=kind)
+
+
+def quantised_blocks(values: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
+    """[rows, columns] in a GGUF type; in a K-quant, which gguf cannot quantise to, random blocks of
+    that shape with scales within 0.1."""
+    kind = gguf.GGMLQuantizationType[dtype]
+    try:
+        return gguf.quants.quantize(values, kind)
+    except NotImplementedError:
+        rng = np.random.default_rng(5)
+        width, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        rows, columns = values.shape
+        blocks = rng.integers(0, 256, (rows, columns // width, nbytes), np.uint8)
+        # The float16 scales: one at the end of a Q6_K block, two at the start of the others.
+        scales = blocks[..., -2:] if dtype == "Q6_K" else blocks[..., :4]
+        drawn = rng.uniform(-0.1, 0.1, (*scales.shape[:2], scales.shape[2] // 2))
+        scales[...] = drawn.astype(np.float16).view(np.uint8)
+        return blocks.reshape(rows, -1)

@@ -43,10 +43,14 @@ def serve(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"] | None, typer.Option()
     ] = None,
+    quantization: Annotated[
+        Literal["auto", "none", "int8", "int4"] | None,
+        typer.Option(help="Of the weights; auto keeps GGUF blocks as they are."),
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Where it is not the model's own.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub id.")] = None,
     collective: Annotated[
-        Literal["auto", "shared_memory", "gloo", "nccl"] | None, typer.Option()
+        Literal["auto", "shared_memory", "gloo", "nccl", "symmetric_memory"] | None, typer.Option()
     ] = None,
     placement: Annotated[
         Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"] | None, typer.Option()

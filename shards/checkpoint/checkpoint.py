@@ -74,14 +74,16 @@ class Checkpoint:
         columns = window[-1]
         block, _ = BLOCKS[info.dtype]
         first = columns.start // block * block
-        encoded = self._copy(info, window[:-1], Range(first, -(-columns.stop // block) * block))
+        encoded = self.read_blocks(
+            info, window[:-1], Range(first, -(-columns.stop // block) * block)
+        )
         values = decode(encoded, info.dtype)[:, columns.start - first : columns.stop - first]
         return values if len(window) == 2 else values[0]
 
     def floats(self, name: str) -> tuple[float, ...]:
         """A one-dimensional F32 tensor as numbers, without torch; for what decides a spec."""
         info = self.tensors[name]
-        encoded = self._copy(info, (), Range(0, info.shape[0]))
+        encoded = self.read_blocks(info, (), Range(0, info.shape[0]))
         return tuple(encoded.view("<f4")[0].tolist())
 
     def close(self) -> None:
@@ -90,7 +92,7 @@ class Checkpoint:
             file.close()
         self._files.clear()
 
-    def _copy(
+    def read_blocks(
         self, info: TensorInfo, rows: tuple[Range, ...], columns: Range
     ) -> npt.NDArray[np.uint8]:
         """Whole blocks, still encoded: [rows, bytes]; a vector is one row."""

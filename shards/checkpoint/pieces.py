@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from shards.layout import Range
 from shards.models.family import Source
 from shards.models.parameters import Parameter
+from shards.quantization.scheme import BLOCK
 
 # Of a window's rows, in float32: what is held beside the weights while a piece is converted.
 _PIECE_BYTES = 16 << 20
@@ -27,7 +28,8 @@ class Piece:
 def pieces(parameter: Parameter, owned: Range, source: Source) -> Iterator[Piece]:
     """Cut the slice `owned` (along `parameter.axis`) into pieces of bounded size.
 
-    They cover the slice exactly once. A piece of a source with `rope_rows` holds whole heads.
+    They cover the slice exactly once. A piece of a source with `rope_rows` holds whole heads; one
+    of a matrix holds whole blocks of 32 inputs, but where the slice ends within one.
     """
     rows = owned if parameter.axis == 0 else Range(0, parameter.shape[0])
     if len(parameter.shape) == 1:
@@ -37,7 +39,7 @@ def pieces(parameter: Parameter, owned: Range, source: Source) -> Iterator[Piece
     columns = owned if parameter.axis == 1 else Range(0, parameter.shape[1])
     for at, run in _runs(source, rows):
         if source.transpose:
-            for part in _parts(columns, _step(parameter.shape[0])):
+            for part in _parts(columns, _step(parameter.shape[0], BLOCK)):
                 target = Range(part.start - columns.start, part.stop - columns.start)
                 yield Piece((part, run), (Range(at, at + len(run)), target))
         else:

@@ -35,6 +35,16 @@ class Parameter:
     unit: int = 1
     layer: int | None = None
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is the matrix of a linear layer or of the embedding, [outputs, inputs]: what
+        may be quantised. Norms, biases and position tables are not."""
+        return len(self.shape) == 2 and self.cut is not Cut.REPLICATED
+
+    def sliced(self, along_axis: int) -> tuple[int, ...]:
+        """The shape of a slice that is `along_axis` long where the parameter is cut."""
+        return (*self.shape[: self.axis], along_axis, *self.shape[self.axis + 1 :])
+
 
 def _norm(name: str, width: int, norm: Norm, layer: int | None = None) -> Iterator[Parameter]:
     yield Parameter(f"{name}.weight", (width,), layer=layer)

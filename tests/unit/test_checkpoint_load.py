@@ -245,7 +245,9 @@ def status(field):
 source = open_model(sys.argv[1])
 layout = make_layout(source.spec, 4)
 before = status("VmRSS")
-weights = load_shard(source, layout, 1, torch.float32, torch.device("cpu"))
+weights = load_shard(
+    source, layout, 1, torch.float32, torch.device("cpu"), quantization=sys.argv[2]
+)
 print(status("VmHWM") - before, sum(t.nbytes for t in weights.values()))
 """
 
@@ -267,18 +269,30 @@ def large_model() -> PreTrainedModel:
         )
 
 
-@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+@pytest.mark.parametrize(
+    ("form", "quantization", "bits"),
+    [
+        ("safetensors", "none", 32),
+        ("gguf", "none", 32),
+        ("gguf", "auto", 5),
+        ("safetensors", "int8", 8.5),
+        ("safetensors", "int4", 4.5),
+    ],
+)
 def test_peak_memory_is_that_of_the_slice(
-    form: str, large_model: PreTrainedModel, tmp_path: Path
+    form: str, quantization: str, bits: float, large_model: PreTrainedModel, tmp_path: Path
 ) -> None:
     """A quarter of the model is 1/4 of 1.1 GB; whole tensors, or mapped pages kept, would show."""
     write = sparse_safetensors if form == "safetensors" else sparse_gguf
     write(large_model, tmp_path)
     measured = subprocess.run(
-        [sys.executable, "-c", MEASURE, tmp_path], check=True, capture_output=True, text=True
+        [sys.executable, "-c", MEASURE, tmp_path, quantization],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     peak, weights = (int(n) for n in measured.stdout.split())
-    assert weights > 250e6
+    assert weights > 70e6 * bits / 8
     assert peak < 1.05 * weights + 200e6
 
 

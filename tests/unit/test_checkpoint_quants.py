@@ -17,26 +17,15 @@ from shards.errors import UnsupportedModel
 from shards.layout import Range, make_layout
 from shards.models.parameters import parameters
 from shards.models.source import open_model
-from tests.models import tiny_model, write_gguf
+from tests.models import quantised_blocks, tiny_model, write_gguf
 
 ROWS, COLUMNS = 24, 768
 
 
 def encoded(dtype: str) -> npt.NDArray[np.uint8]:
-    """[ROWS, bytes]: random values quantised, or random blocks of a type that has no quantiser."""
-    rng = np.random.default_rng(5)
-    block, nbytes = BLOCKS[dtype]
-    kind = gguf.GGMLQuantizationType[dtype]
-    values = rng.standard_normal((ROWS, COLUMNS), np.float32)
-    try:
-        return gguf.quants.quantize(values, kind).view(np.uint8)
-    except NotImplementedError:
-        blocks = rng.integers(0, 256, (ROWS, COLUMNS // block, nbytes), np.uint8)
-        # The float16 scales: one at the end of a Q6_K block, two at the start of the others.
-        scales = blocks[..., -2:] if dtype == "Q6_K" else blocks[..., :4]
-        drawn = rng.uniform(-0.1, 0.1, (*scales.shape[:2], scales.shape[2] // 2))
-        scales[...] = drawn.astype(np.float16).view(np.uint8)
-        return blocks.reshape(ROWS, -1)
+    """Random values in that type: [ROWS, bytes]."""
+    values = np.random.default_rng(5).standard_normal((ROWS, COLUMNS), np.float32)
+    return quantised_blocks(values, dtype).view(np.uint8)
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ def test_sections_and_flat_fields_are_the_same() -> None:
         {"cluster": {"model": "m", "grpc_port": 1}},
         {"cluster": {"model": "m"}, "host": "0.0.0.0"},
         {"model": "m", "replicas": 0},
+        {"model": "m", "quantization": "int3"},
         {"model": "m", "log_format": "xml"},
         {"model": "m", "tls_client_ca": "ca.pem"},
     ],

@@ -250,6 +250,37 @@ def test_ranges_begin_at_multiples_of_64() -> None:
     assert lengths(ranges) == [3712] * 6 + [3648] * 2
 
 
+@pytest.mark.parametrize(
+    ("ffn", "world", "expected"),
+    [
+        (1536, 9, [192, 192, 192, 160, 160, 160, 160, 160, 160]),  # 171 each; in 16s 176 at most
+        (256, 3, [96, 96, 64]),
+        (96, 2, [48, 48]),  # 64 and 32 would be a third slower
+    ],
+)
+def test_channels_stay_in_whole_blocks_of_32_up_to_a_quarter_slower(
+    ffn: int, world: int, expected: list[int]
+) -> None:
+    assert lengths(make_layout(model(9, 3, ffn=ffn), world).layers[0].channels) == expected
+
+
+@unhurried
+@given(st.integers(1, 200), st.integers(1, 9), st.data())
+def test_blocks_cost_a_quarter_at_most(blocks: int, world: int, data: st.DataObject) -> None:
+    """And are kept wherever they cost no more: then every cut is a multiple of 32."""
+    capacity = data.draw(st.lists(st.integers(1, 12), min_size=world, max_size=world))
+    total = 32 * max(blocks, world)
+    ranges = make_layout(model(9, 9, ffn=total), world, capacity).layers[0].channels
+
+    def slowest(counts: Sequence[int]) -> Fraction:
+        return max(Fraction(count, c) for count, c in zip(counts, capacity, strict=True))
+
+    perfect = Fraction(total, sum(capacity))
+    assert slowest(lengths(ranges)) <= Fraction(5, 4) * (perfect + 1)
+    if all(32 * 4 * sum(capacity) <= total * c for c in capacity):
+        assert all(owned.start % 32 == 0 for owned in ranges)
+
+
 def test_alignment_gives_way_to_balance() -> None:
     """In units of 64 or 32 it would be 64 and 86, of 16 80 and 70; 72 and 78 is near enough."""
     assert lengths(make_layout(model(9, 3, ffn=150), 2).layers[0].channels) == [72, 78]
