@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import structlog
+
 from cluster.blocks import BlockPool
 from cluster.blueprint import Blueprint
 from cluster.engine_loop import STOPPING, EngineLoop
@@ -31,6 +33,8 @@ from cluster.scheduler import Scheduler
 from cluster.stream import EventStream
 from cluster.text import TextCodec
 from shards.collectives import choose
+
+log = structlog.get_logger(__name__)
 
 # Bounds, in seconds, of the hint when to try again.
 _RETRY_AFTER_S = (0.1, 30.0)
@@ -258,6 +262,8 @@ class Driver:
 
     def _form_group(self, launcher: Launcher, on_progress: OnProgress | None) -> RankGroup:
         blueprint, config = self.blueprint, self.blueprint.config
+        if blueprint.widened:
+            log.warning("weights kept as floats: not cut in blocks of 32", names=blueprint.widened)
         placement = launcher.place()
         world = blueprint.layout.world
         collective = choose(

@@ -307,7 +307,7 @@ class RankGroup:
         rendezvous = ""
         if self._collective == "shared_memory":
             epoch.segment = create_segment(self.world, _SEGMENT_BYTES)
-        elif self._collective in ("gloo", "nccl"):
+        elif self._collective in ("gloo", "nccl", "symmetric_memory"):
             from shards.collectives.rendezvous import host_store
 
             epoch.store, rendezvous = host_store(placement.listen or "127.0.0.1")

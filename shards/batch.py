@@ -1,48 +1,29 @@
-"""The tensors of one step: which tokens, where they stand, and where their keys and values go."""
+"""What one step computes, as plain numbers: which tokens, where they stand, what they may see."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
-
-@dataclass(frozen=True, slots=True)
-class PrefillRows:
-    """Rows `start..stop` of the batch are consecutive positions of one sequence.
-
-    `table_B`: its block table. `context`: tokens in the cache after this step's are written.
-    """
-
-    start: int
-    stop: int
-    table_B: torch.Tensor
-    context: int
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeRows:
-    """Rows that are the newest position of one sequence each.
-
-    `rows_S`: where they lie in the batch. `tables_SB`: block tables, padded with block 0.
-    `contexts_S`: tokens in each one's cache after this step's are written.
-    """
-
-    rows_S: torch.Tensor
-    tables_SB: torch.Tensor
-    contexts_S: torch.Tensor
+Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """T tokens of a step, sequence after sequence, and how attention reads the cache for them.
+    """T tokens of a step, sequence after sequence.
 
-    `blocks_T` and `offsets_T` say where each token's keys and values are written.
+    `tokens_T`, `positions_T` int64. `blocks_T` and `offsets_T` int64 say where each token's keys
+    and values are written. `spans_S4` int64 has a row for each sequence: the first of its rows in
+    the batch, how many they are (one in a decode), the tokens in its cache once this step's are
+    written, and its row in `tables`. `tables` int64 [.., B] holds block tables, of whose rows only
+    those named by a span mean anything, and of each only as many blocks as its context fills.
     """
 
-    tokens_T: torch.Tensor
-    positions_T: torch.Tensor
-    blocks_T: torch.Tensor
-    offsets_T: torch.Tensor
-    decode: DecodeRows | None
-    prefills: tuple[PrefillRows, ...]
+    tokens_T: Int64
+    positions_T: Int64
+    blocks_T: Int64
+    offsets_T: Int64
+    spans_S4: Int64
+    tables: Int64

@@ -8,10 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from shards.errors import NotEnoughMemory
-from shards.layout import Layout
-from shards.models.spec import ModelSpec
-
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
@@ -37,32 +33,7 @@ class LayerCache:
         self.values[targets_N] = self.values[sources_N]
 
 
-def allocate(
-    spec: ModelSpec,
-    layout: Layout,
-    rank: int,
-    *,
-    blocks: int,
-    block_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[LayerCache, ...]:
-    """Pools of `blocks` blocks for every layer; raises `NotEnoughMemory` if the device refuses."""
-    caches = []
-    try:
-        for layer, split in zip(spec.layers, layout.layers, strict=True):
-            shape = (blocks, len(split.kv_heads[rank]), block_size, layer.attention.head_dim)
-            keys, values = (_zeros(shape, dtype, device) for _ in range(2))
-            caches.append(LayerCache(keys, values))
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        raise NotEnoughMemory(
-            f"rank {rank} cannot hold a KV cache of {blocks} blocks of {block_size} tokens "
-            f"({error}); give a smaller --kv-memory"
-        ) from error
-    return tuple(caches)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """On the host, memory that the kernel hands out page by page as blocks are first written:
     `torch.zeros` would write all of it."""
     if device.type != "cpu":

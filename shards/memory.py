@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 import psutil
+
+# Share of the memory left after loading that the KV caches of a host may take unasked: a laptop
+# has other things to do, a GPU has not.
+KV_SHARE: Final[Mapping[str, float]] = {"cpu": 0.25, "cuda": 0.9}
 
 _CGROUP = Path("/sys/fs/cgroup")
 

@@ -5,14 +5,24 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from shards import kv_cache
-from shards.batch import Batch, DecodeRows, PrefillRows
+from shards.batch import Batch
 from shards.collectives.base import Collective
-from shards.contract import PromptLogprobs, Sampled, SlotStart, SlotWork, StepPlan, StepResult
+from shards.contract import (
+    NO_TOKEN,
+    PromptLogprobs,
+    Sampled,
+    SlotStart,
+    SlotWork,
+    StepPlan,
+    StepResult,
+)
+from shards.errors import NotEnoughMemory
+from shards.kernels.base import KernelSet, Limits, M
+from shards.kv_cache import LayerCache
 from shards.layout import Layout
 from shards.models.decoder import Decoder
 from shards.models.spec import ModelSpec
-from shards.sampling import Sampler
+from shards.sampling import Sampler, shortlist
 from shards.timing import PhaseTimer
 
 # Rows of prompt logits held at a time: the whole prompt's would be prompt x vocabulary floats.
@@ -23,11 +33,12 @@ class Slots:
     """What a rank remembers of every running sequence: tokens, block table, wishes."""
 
     def __init__(self, slots: int, context: int, block_size: int) -> None:
-        self.tokens = np.zeros((slots, context + 1), dtype=np.int32)
+        self.tokens = np.zeros((slots, context + 1), dtype=np.int64)
         self.tables = np.zeros((slots, -(-context // block_size)), dtype=np.int64)
         self.blocks = np.zeros(slots, dtype=np.int64)
         self.prompt_lengths = np.zeros(slots, dtype=np.int64)
         self.prompt_logprobs = np.full(slots, -1, dtype=np.int64)
+        self.shortlist = np.zeros(slots, dtype=np.int64)
 
     def start(self, start: SlotStart) -> np.ndarray:
         """Fill a slot; returns its tokens."""
@@ -36,6 +47,7 @@ class Slots:
         self.blocks[start.slot] = 0
         self.prompt_lengths[start.slot] = start.prompt_length
         self.prompt_logprobs[start.slot] = start.sampling.prompt_logprobs
+        self.shortlist[start.slot] = shortlist.width(start.sampling)
         return tokens
 
     def extend_table(self, work: SlotWork) -> None:
@@ -53,7 +65,8 @@ class Runner:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder[M],
+        kernels: KernelSet[M],
         spec: ModelSpec,
         layout: Layout,
         collective: Collective,
@@ -61,21 +74,26 @@ class Runner:
         blocks: int,
         block_size: int,
         max_sequences: int,
+        max_step_tokens: int,
         context: int,
-        dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         rank = collective.rank
-        self._decoder = decoder
         self._collective = collective
         self._device = device
         self._block_size = block_size
-        self._vocabulary_widths = tuple(len(rows) for rows in layout.vocabulary)
-        self._caches = kv_cache.allocate(
-            spec, layout, rank, blocks=blocks, block_size=block_size, dtype=dtype, device=device
-        )
+        self._vocabulary = layout.vocabulary
+        self._caches = _allocate(kernels, spec, layout, rank, blocks, block_size)
         self._slots = Slots(max_sequences, context, block_size)
         self._sampler = Sampler(spec.vocabulary, max_sequences, device) if rank == 0 else None
+        # A step computes no more than its budget, and at least one row of each running sequence.
+        limits = Limits(
+            rows=max(max_step_tokens, max_sequences),
+            sequences=max_sequences,
+            blocks=self._slots.tables.shape[1],
+            sampled=max(max_sequences, _PROMPT_ROWS),
+        )
+        self._executor = kernels.executor(decoder, self._caches, collective, limits)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -91,66 +109,40 @@ class Runner:
                 self._sampler.start(start.slot, start.sampling, tokens, start.prompt_length)
         for work in plan.work:
             self._slots.extend_table(work)
-        batch = self._batch(plan.work)
-        hidden_TD = self._decoder(batch, self._caches, self._collective, timer)
-        prompt_logprobs = self._prompt_logprobs(plan.work, hidden_TD, timer)
-        sampled = self._sample(plan.work, hidden_TD, timer)
+        self._executor.forward(self._batch(plan.work), timer)
+        prompt_logprobs = self._prompt_logprobs(plan.work, timer)
+        sampled = self._sample(plan.work, timer)
         return StepResult(plan.step, plan.epoch, sampled, prompt_logprobs, timer.seconds())
 
     def _copy(self, pairs: tuple[tuple[int, int], ...]) -> None:
         if not pairs:
             return
-        sources_N, targets_N = self._tensor(np.array(pairs).T)
+        sources_N, targets_N = torch.from_numpy(np.array(pairs).T).to(self._device)
         for cache in self._caches:
             cache.copy(sources_N, targets_N)
 
     def _batch(self, work: tuple[SlotWork, ...]) -> Batch:
-        slots = np.array([item.slot for item in work])
-        counts = np.array([item.count for item in work])
-        firsts = np.array([item.start for item in work])
+        numbers = np.array([(item.slot, item.start, item.count) for item in work], np.int64)
+        slots, firsts, counts = numbers.T
         ends = np.cumsum(counts)
         slots_T = np.repeat(slots, counts)
         positions_T = np.arange(ends[-1]) + np.repeat(firsts - (ends - counts), counts)
-        blocks_T = self._slots.tables[slots_T, positions_T // self._block_size]
-        decoding = counts == 1
-        decode = None
-        if decoding.any():
-            contexts_S = firsts[decoding] + 1
-            width = -(-int(contexts_S.max()) // self._block_size)
-            decode = DecodeRows(
-                self._tensor((ends - 1)[decoding]),
-                self._tensor(self._slots.tables[slots[decoding], :width]),
-                self._tensor(contexts_S),
-            )
-        prefills = tuple(
-            self._prefill_rows(item, int(end))
-            for item, end in zip(work, ends, strict=True)
-            if item.count > 1
-        )
         return Batch(
-            self._tensor(self._slots.tokens[slots_T, positions_T].astype(np.int64)),
-            self._tensor(positions_T),
-            self._tensor(blocks_T),
-            self._tensor(positions_T % self._block_size),
-            decode,
-            prefills,
+            self._slots.tokens[slots_T, positions_T],
+            positions_T,
+            self._slots.tables[slots_T, positions_T // self._block_size],
+            positions_T % self._block_size,
+            np.stack((ends - counts, counts, firsts + counts, slots), axis=1),
+            self._slots.tables,
         )
 
-    def _prefill_rows(self, work: SlotWork, stop: int) -> PrefillRows:
-        context = work.start + work.count
-        blocks = -(-context // self._block_size)
-        table = self._tensor(self._slots.tables[work.slot, :blocks])
-        return PrefillRows(stop - work.count, stop, table, context)
-
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device, non_blocking=True)
-
-    def _gather_logits(self, hidden_SD: torch.Tensor) -> torch.Tensor | None:
+    def _gather_logits(self, rows_S: np.ndarray, timer: PhaseTimer) -> torch.Tensor | None:
         """float32 [S, vocabulary] on rank 0, None elsewhere."""
-        return self._collective.gather(self._decoder.logits(hidden_SD), self._vocabulary_widths)
+        logits_SV = self._executor.logits(rows_S, timer)
+        return self._collective.gather(logits_SV, [len(rows) for rows in self._vocabulary])
 
     def _prompt_logprobs(
-        self, work: tuple[SlotWork, ...], hidden_TD: torch.Tensor, timer: PhaseTimer
+        self, work: tuple[SlotWork, ...], timer: PhaseTimer
     ) -> tuple[PromptLogprobs, ...]:
         """The row of position p tells the log probability of the prompt's token p + 1."""
         found, row = [], 0
@@ -159,8 +151,8 @@ class Runner:
             known = min(item.start + item.count, int(self._slots.prompt_lengths[item.slot]) - 1)
             for at in range(item.start, known if top >= 0 else 0, _PROMPT_ROWS):
                 stop = min(at + _PROMPT_ROWS, known)
-                rows = slice(row + at - item.start, row + stop - item.start)
-                logits_TV = self._gather_logits(hidden_TD[rows])
+                rows = np.arange(row + at - item.start, row + stop - item.start)
+                logits_TV = self._gather_logits(rows, timer)
                 if logits_TV is not None and self._sampler is not None:
                     following = self._slots.tokens[item.slot, at + 1 : stop + 1].tolist()
                     tokens = self._sampler.prompt_logprobs(logits_TV, following, top)
@@ -169,40 +161,105 @@ class Runner:
         timer.mark("output")
         return tuple(found)
 
-    def _sample(
-        self, work: tuple[SlotWork, ...], hidden_TD: torch.Tensor, timer: PhaseTimer
-    ) -> tuple[Sampled, ...]:
-        counts = np.array([item.count for item in work])
-        chosen = np.array([item.sample for item in work])
-        if not chosen.any():
-            return ()
-        rows_S = self._tensor((np.cumsum(counts) - 1)[chosen])
+    def _sample(self, work: tuple[SlotWork, ...], timer: PhaseTimer) -> tuple[Sampled, ...]:
         items = [item for item in work if item.sample]
-        slots = [item.slot for item in items]
-        positions = [item.start + item.count for item in items]
-        logits_SV = self._gather_logits(hidden_TD[rows_S])
-        timer.mark("output")
-        sampled: tuple[Sampled, ...] = ()
-        if logits_SV is None or self._sampler is None:
-            tokens_S = torch.empty(len(items), dtype=torch.int64, device=self._device)
-        else:
-            tokens, logprobs = self._sampler.sample(logits_SV, slots, positions)
-            # A slot without a token ends; until then any will do.
-            tokens_S = torch.tensor(tokens, dtype=torch.int64, device=self._device).clamp_(min=0)
-            sampled = tuple(
-                Sampled(
-                    item.slot,
-                    position,
-                    token,
-                    logprob,
-                    logits_SV[i].cpu().numpy().tobytes() if item.logits else None,
-                )
-                for i, (item, position, token, logprob) in enumerate(
-                    zip(items, positions, tokens, logprobs, strict=True)
-                )
+        if not items:
+            return ()
+        rows_S = np.cumsum([item.count for item in work])[[item.sample for item in work]] - 1
+        slots = np.array([item.slot for item in items])
+        positions = np.array([item.start + item.count for item in items])
+        widths = self._slots.shortlist[slots]
+        if widths.min() > 0 and not any(item.logits for item in items):
+            sampled, tokens_S = self._sample_shortlists(
+                rows_S, slots, positions, int(widths.max()), timer
             )
+        else:
+            sampled, tokens_S = self._sample_all(rows_S, items, slots, positions, timer)
         timer.mark("sample")
         tokens_S = self._collective.broadcast(tokens_S)
         self._slots.tokens[slots, positions] = tokens_S.cpu().numpy()
         timer.mark("all_reduce")
         return sampled
+
+    def _sample_shortlists(
+        self,
+        rows_S: np.ndarray,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        count: int,
+        timer: PhaseTimer,
+    ) -> tuple[tuple[Sampled, ...], torch.Tensor]:
+        """Where each rank's `count` likeliest tokens are enough to choose from."""
+        logits_SV = self._executor.logits(rows_S, timer)
+        own = shortlist.shortlist(logits_SV, self._vocabulary[self._collective.rank].start, count)
+        widths = tuple(2 * min(count, len(rows)) for rows in self._vocabulary)
+        lists = self._collective.gather(own, widths)
+        timer.mark("output")
+        if lists is None or self._sampler is None:
+            return (), self._no_tokens(len(slots))
+        logits_SC, tokens_SC = shortlist.join(lists, widths)
+        if count == 1:
+            columns_S = logits_SC.argmax(-1)
+            usable_S = logits_SC.gather(1, columns_S[:, None])[:, 0].isfinite()
+        else:
+            columns, _ = self._sampler.sample(logits_SC, slots, positions)
+            columns_S = torch.tensor(columns, device=self._device)
+            usable_S = columns_S >= 0
+        tokens_S = tokens_SC.gather(1, columns_S.clamp(min=0)[:, None])[:, 0]
+        told = torch.where(usable_S, tokens_S, NO_TOKEN).tolist()
+        return tuple(map(Sampled, slots.tolist(), positions.tolist(), told)), tokens_S
+
+    def _sample_all(
+        self,
+        rows_S: np.ndarray,
+        items: list[SlotWork],
+        slots: np.ndarray,
+        positions: np.ndarray,
+        timer: PhaseTimer,
+    ) -> tuple[tuple[Sampled, ...], torch.Tensor]:
+        logits_SV = self._gather_logits(rows_S, timer)
+        timer.mark("output")
+        if logits_SV is None or self._sampler is None:
+            return (), self._no_tokens(len(slots))
+        tokens, logprobs = self._sampler.sample(logits_SV, slots, positions)
+        sampled = tuple(
+            Sampled(
+                item.slot,
+                position,
+                token,
+                logprob,
+                logits_SV[i].cpu().numpy().tobytes() if item.logits else None,
+            )
+            for i, (item, position, token, logprob) in enumerate(
+                zip(items, positions.tolist(), tokens, logprobs, strict=True)
+            )
+        )
+        # A slot without a token ends; until then any will do.
+        return sampled, torch.tensor(tokens, device=self._device).clamp_(min=0)
+
+    def _no_tokens(self, count: int) -> torch.Tensor:
+        """Room for what rank 0 broadcasts."""
+        return torch.empty(count, dtype=torch.int64, device=self._device)
+
+
+def _allocate(
+    kernels: KernelSet[M],
+    spec: ModelSpec,
+    layout: Layout,
+    rank: int,
+    blocks: int,
+    block_size: int,
+) -> tuple[LayerCache, ...]:
+    """A pool for every layer; raises `NotEnoughMemory` if the device refuses."""
+    try:
+        return tuple(
+            kernels.allocate(
+                blocks, len(split.kv_heads[rank]), block_size, layer.attention.head_dim
+            )
+            for layer, split in zip(spec.layers, layout.layers, strict=True)
+        )
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        raise NotEnoughMemory(
+            f"rank {rank} cannot hold a KV cache of {blocks} blocks of {block_size} tokens "
+            f"({error}); give a smaller --kv-memory"
+        ) from error

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Literal
+from typing import Final, Literal, get_args
 
 from shards.contract import PhaseSeconds
 
 Phase = Literal["embed", "attention", "ffn", "all_reduce", "output", "sample"]
+PHASES: Final[tuple[Phase, ...]] = get_args(Phase)
 
 
 class PhaseTimer:
@@ -24,6 +25,11 @@ class PhaseTimer:
         now = time.perf_counter()
         self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
         self._last = now
+
+    def credit(self, phase: Phase, seconds: float) -> None:
+        """Say that so much of the time since the last mark went into `phase`."""
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+        self._last += seconds
 
     def seconds(self) -> PhaseSeconds:
         return PhaseSeconds(**self._seconds, total=self._last - self._start)

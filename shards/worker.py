@@ -8,16 +8,15 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 import torch
-from accelerate import init_empty_weights
 
-from shards import collectives
+from shards import collectives, cores
 from shards.channel import Channel, ChannelClosed, connect
 from shards.checkpoint.loader import load_shard
 from shards.collectives.base import Collective
@@ -37,31 +36,26 @@ from shards.contract import (
     decode_to_rank,
 )
 from shards.errors import CollectiveAborted, CollectiveError, HeadwiseError
-from shards.kernels import attention_kernel
-from shards.memory import device_bytes_left, peak_rss
+from shards.kernels import kernel_set
+from shards.memory import KV_SHARE, device_bytes_left, peak_rss
 from shards.models.decoder import Decoder
 from shards.runner import Runner
 from shards.timing import add
 
 _CONNECT_TIMEOUT_S = 30.0
 _PROGRESS_INTERVAL_S = 0.1
-# Share of the memory left after loading that the KV caches of a host may take unasked: a laptop
-# has other things to do, a GPU has not.
-_KV_SHARE = {"cpu": 0.25, "cuda": 0.9}
-
-# `init_empty_weights` patches torch.nn for the whole process, and ranks may share one in tests.
-_BUILDING = threading.Lock()
 
 
 class Worker:
     """One rank, from its loaded weights on."""
 
-    def __init__(self, config: ShardConfig, channel: Channel) -> None:
+    def __init__(self, config: ShardConfig, channel: Channel, threads: int) -> None:
         self._config = config
         self._channel = channel
         self._device = torch.device(config.device)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
-        self._decoder: Decoder | None = None
+        self._kernels = kernel_set(self._device, self._dtype, threads)
+        self._decoder: Decoder[Any] | None = None
         self._collective: Collective | None = None
         self._runner: Runner | None = None
         self._steps = 0
@@ -70,18 +64,20 @@ class Worker:
     def load(self) -> None:
         """Read this rank's slice of the weights and report what room is left."""
         config, began = self._config, time.perf_counter()
-        with _BUILDING, init_empty_weights():
-            decoder = Decoder(
-                config.source.spec, config.layout, config.rank, attention_kernel(self._device)
-            )
         weights = load_shard(
-            config.source, config.layout, config.rank, self._dtype, self._device, self._progress()
+            config.source,
+            config.layout,
+            config.rank,
+            self._dtype,
+            self._device,
+            self._progress(),
+            quantization=config.quantization,
         )
-        with _BUILDING:
-            decoder.load_state_dict(weights, strict=True, assign=True)
-        self._decoder = decoder.requires_grad_(False)
-        held = sum(weight.numel() * weight.element_size() for weight in weights.values())
-        left = int(device_bytes_left(config.device) * _KV_SHARE[self._device.type])
+        held = sum(weight.nbytes for weight in weights.values())
+        self._decoder = Decoder(
+            config.source.spec, config.layout, config.rank, weights, self._kernels
+        )
+        left = int(device_bytes_left(config.device) * KV_SHARE[self._device.type])
         room = left // config.host_ranks if config.kv_memory is None else config.kv_memory
         self._channel.send(Loaded(config.rank, held, room, time.perf_counter() - began, peak_rss()))
 
@@ -146,14 +142,15 @@ class Worker:
             os.close(segment)
         self._runner = Runner(
             self._decoder,
+            self._kernels,
             config.source.spec,
             config.layout,
             self._collective,
             blocks=join.blocks,
             block_size=config.block_size,
             max_sequences=config.max_sequences,
+            max_step_tokens=config.max_step_tokens,
             context=config.context,
-            dtype=self._dtype,
             device=self._device,
         )
         self._steps, self._seconds = 0, PhaseSeconds()
@@ -186,11 +183,12 @@ def serve(config: ShardConfig, address: str, token: str) -> None:
 
     Any other end raises, after the driver was told why.
     """
-    torch.set_num_threads(
-        config.threads or max(1, len(os.sched_getaffinity(0)) // config.host_ranks)
-    )
+    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // config.host_ranks)
+    torch.set_num_threads(threads)
     channel = Channel(connect(address, _CONNECT_TIMEOUT_S))
-    worker = Worker(config, channel)
+    worker = Worker(config, channel, threads)
+    # Not over a network: its transport has threads of its own, which would inherit the core.
+    own = cores.take(threads) if config.collective == "shared_memory" else None
     try:
         channel.send(Hello(config.rank, token, socket.gethostname(), os.getpid()))
         worker.load()
@@ -204,3 +202,5 @@ def serve(config: ShardConfig, address: str, token: str) -> None:
     finally:
         worker.close()
         channel.close()
+        if own is not None:
+            own.close()

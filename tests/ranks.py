@@ -23,7 +23,7 @@ from shards.checkpoint.loader import load_shard
 from shards.collectives.local import ThreadGroup
 from shards.config import ShardConfig
 from shards.contract import Sampling, StepPlan, StepResult
-from shards.kernels import attention_kernel
+from shards.kernels import kernel_set
 from shards.layout import make_layout
 from shards.models.decoder import Decoder
 from shards.models.source import open_model
@@ -46,6 +46,7 @@ class ThreadRanks:
         blocks: int = 96,
         block_size: int = 8,
         max_sequences: int = 8,
+        max_step_tokens: int = 64,
     ) -> None:
         source = open_model(str(model))
         layout = make_layout(source.spec, world, capacity)
@@ -54,22 +55,22 @@ class ThreadRanks:
         self._pool = ThreadPoolExecutor(world)
         self._runners = []
         group = ThreadGroup(world, deadline_s=60)
+        kernels = kernel_set(CPU, torch.float32, threads=1)
         for collective in (group[rank] for rank in range(world)):
-            with torch.device("meta"):
-                decoder = Decoder(source.spec, layout, collective.rank, attention_kernel(CPU))
             weights = load_shard(source, layout, collective.rank, torch.float32, CPU, None)
-            decoder.load_state_dict(weights, strict=True, assign=True)
+            decoder = Decoder(source.spec, layout, collective.rank, weights, kernels)
             self._runners.append(
                 Runner(
                     decoder,
+                    kernels,
                     source.spec,
                     layout,
                     collective,
                     blocks=blocks,
                     block_size=block_size,
                     max_sequences=max_sequences,
+                    max_step_tokens=max_step_tokens,
                     context=min(context, source.spec.context),
-                    dtype=torch.float32,
                     device=CPU,
                 )
             )

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Transport", "choose", "connect"]
 
-Transport = Literal["local", "shared_memory", "gloo", "nccl"]
+Transport = Literal["local", "shared_memory", "gloo", "nccl", "symmetric_memory"]
 
-_NAMES = ("auto", "shared_memory", "gloo", "nccl", "local")
+_NAMES = ("auto", "shared_memory", "gloo", "nccl", "symmetric_memory", "local")
 
 
 def choose(name: str, *, world: int, device: str, one_host: bool) -> Transport:
@@ -34,16 +34,17 @@ def choose(name: str, *, world: int, device: str, one_host: bool) -> Transport:
         raise CollectiveError(f"device={device!r}: use cpu or cuda")
     if world < 1:
         raise CollectiveError(f"world={world}: a group has at least one rank")
-    if name == "nccl" and kind != "cuda":
-        raise CollectiveError(f"collective=nccl moves GPU tensors and device is {device}: use auto")
+    if name in ("nccl", "symmetric_memory") and kind != "cuda":
+        raise CollectiveError(
+            f"collective={name} moves GPU tensors and device is {device}: use auto"
+        )
     if name in ("shared_memory", "gloo") and kind != "cpu":
         raise CollectiveError(
             f"collective={name} moves CPU tensors and device is {device}: use nccl or auto"
         )
-    if name == "shared_memory" and not one_host:
+    if name in ("shared_memory", "symmetric_memory") and not one_host:
         raise CollectiveError(
-            "collective=shared_memory needs all ranks on one host: use gloo or auto, "
-            "or placement=STRICT_PACK"
+            f"collective={name} needs all ranks on one host: use auto, or placement=STRICT_PACK"
         )
     if world == 1:
         return "local"
@@ -51,6 +52,8 @@ def choose(name: str, *, world: int, device: str, one_host: bool) -> Transport:
         raise CollectiveError(f"collective=local is for one rank and world is {world}: use auto")
     if name == "shared_memory" or (name == "auto" and kind == "cpu" and one_host):
         return "shared_memory"
+    if name == "symmetric_memory":
+        return "symmetric_memory"
     if name == "nccl" or (name == "auto" and kind == "cuda"):
         return "nccl"
     return "gloo"
@@ -98,4 +101,10 @@ def connect(
         from shards.collectives.nccl import Nccl
 
         return Nccl(rendezvous, epoch, rank, world, deadline_s, torch.device(device))
+    if name == "symmetric_memory":
+        import torch
+
+        from shards.collectives.symmetric_memory import SymmetricMemory
+
+        return SymmetricMemory(rendezvous, epoch, rank, world, deadline_s, torch.device(device))
     raise CollectiveError(f"collective={name!r}: use what choose() returned")

@@ -8,9 +8,6 @@ Everything moves in rounds. In round s a rank
 A counter at s thus also says "has read all it wanted of round s - 2", whose buffer round s writes
 again: two buffers are enough, and step 1 has nearly always been satisfied by step 4 of the round
 before. Acquire and release order the slots' bytes, so weakly ordered processors are correct too.
-
-Numba's disk cache of an entry function is keyed by this file alone. Therefore the segment's layout
-comes in through `STATE`, and a change of `kernel_parts` must change `PARTS_CHECKSUM` here.
 """
 
 from __future__ import annotations
@@ -21,6 +18,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
+from shards import compile_cache  # noqa: F401 - sets where what follows is kept
 from shards.collectives.kernel_parts import (
     copy,
     inlined,
@@ -30,10 +28,6 @@ from shards.collectives.kernel_parts import (
     store_release,
     widen,
 )
-
-# zlib.crc32 of kernel_parts.py; a test holds it. Whoever changes that file thereby changes this
-# one, and no stale kernel is loaded.
-PARTS_CHECKSUM = 0x861C6597
 
 # What one rank knows about its group; private to the rank, except for what the addresses point to.
 STATE = np.dtype(

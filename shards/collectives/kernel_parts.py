@@ -1,7 +1,4 @@
-"""What the shared-memory kernel is made of: atomic words, addresses, and 16-bit floats.
-
-Compiled into `kernel`, whose disk cache does not see this file: see `kernel.PARTS_CHECKSUM`.
-"""
+"""What the shared-memory kernel is made of: atomic words, addresses, and 16-bit floats."""
 
 from __future__ import annotations
 

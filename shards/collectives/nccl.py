@@ -31,7 +31,7 @@ class Nccl(ProcessGroup):
     under way for the deadline, or when any rank has ended it, which lets the kernels that hang on
     the GPU return; the next call, and every one after it, raises. What was computed since the last
     `barrier` that succeeded must then be thrown away. Calls captured into a CUDA graph are not
-    watched.
+    watched when it is launched; the next call outside of it is, which waits for the graph.
 
     Sums have the same bits on every rank. Their order is NCCL's choice of algorithm, not that of
     the ranks, and 16-bit types are rounded at every hop: that much of `Collective` is relaxed here.

@@ -38,8 +38,7 @@ class SharedMemory:
     earlier, calls `abort_segment`. Where `T` or a tensor is empty a call does not synchronise.
 
     The first one of a process compiles the kernels: about ten seconds once, then some 0.3 s from
-    Numba's cache. That is `__pycache__` beside the kernel, or the user's cache folder where it is
-    read-only, or NUMBA_CACHE_DIR. `warm_up()` does it ahead of time, when an image is built say.
+    the cache of `shards/compile_cache.py`. `warm_up()` does it ahead of time.
 
     `abort` may come from any thread. `close` may not run while a call is in flight.
 
@@ -89,7 +88,7 @@ class SharedMemory:
         if kind is None:
             raise ValueError(f"all_reduce of {x_TD.dtype}: only {', '.join(map(str, _KINDS))}")
         check_in_place(x_TD, "cpu")
-        self._finish(kernel.all_reduce(self._address, x_TD.data_ptr(), x_TD.numel(), *kind))
+        self.check(kernel.all_reduce(self._address, x_TD.data_ptr(), x_TD.numel(), *kind))
         return x_TD
 
     def all_gather(self, x_TN: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
@@ -104,11 +103,11 @@ class SharedMemory:
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         check_in_place(x, "cpu")
-        self._finish(kernel.broadcast(self._address, x.data_ptr(), x.nbytes))
+        self.check(kernel.broadcast(self._address, x.data_ptr(), x.nbytes))
         return x
 
     def barrier(self) -> None:
-        self._finish(kernel.barrier(self._address))
+        self.check(kernel.barrier(self._address))
 
     def abort(self) -> None:
         with self._lock:
@@ -138,13 +137,19 @@ class SharedMemory:
         row_bytes = np.array(widths, np.int64) * x_TN.element_size()
         target = 0 if joined_TN is None else joined_TN.data_ptr()
         rows = prod(x_TN.shape[:-1])
-        self._finish(
+        self.check(
             kernel.gather(
                 self._address, x_TN.data_ptr(), target, rows, row_bytes.ctypes.data, int(to_all)
             )
         )
 
-    def _finish(self, status: int) -> None:
+    @property
+    def state_address(self) -> int:
+        """Of the group's `kernel.STATE`, for compiled code that calls `kernel.all_reduce`."""
+        return self._address
+
+    def check(self, status: int) -> None:
+        """Raise what a kernel's status stands for."""
         if status == kernel.OK:
             return
         if status == kernel.ABORTED:

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from typing import Generic
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from shards.layers.linear import ColumnLinear, RowLinear
+from shards.kernels.base import M, Sentences
+from shards.layers.weights import Weights
 from shards.models import spec
 
-ACTIVATIONS: dict[spec.Activation, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
 
+class FeedForward(Generic[M]):
+    """x += down(act(up(norm(x)))), with a gate where the spec has one (arXiv:2002.05202)."""
 
-class FeedForward(nn.Module):
-    """down(act(up(x))), with a gate where the spec has one (arXiv:2002.05202)."""
+    def __init__(
+        self, ffn: spec.FeedForward, norm: spec.Norm, weights: Weights[M], name: str
+    ) -> None:
+        self.activation = ffn.activation
+        self.gated = ffn.gated
+        self.norm = weights.norm(f"{name}_norm", norm)
+        parts = ("gate", "up") if ffn.gated else ("up",)
+        self.up = weights.linear(*(f"{name}.{part}" for part in parts), bias=ffn.bias)
+        self.down = weights.linear(f"{name}.down", bias=ffn.bias)
 
-    def __init__(self, width: int, ffn: spec.FeedForward, channels: int) -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[ffn.activation]
-        self.gate = ColumnLinear(width, channels, ffn.bias) if ffn.gated else None
-        self.up = ColumnLinear(width, channels, ffn.bias)
-        self.down = RowLinear(channels, width, ffn.bias)
-
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """This rank's summand of the output, [T, D]."""
-        up_TF = self.up(x_TD)
-        if self.gate is None:
-            return self.down(self.activation(up_TF))
-        return self.down(self.activation(self.gate(x_TD)) * up_TF)
+    def __call__(self, step: Sentences[M], x_TD: torch.Tensor) -> torch.Tensor:
+        h_TF = step.expand(x_TD, self.norm, self.up, self.activation, self.gated)
+        return step.merge(x_TD, h_TF, self.down, "ffn")

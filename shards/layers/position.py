@@ -1,15 +1,13 @@
-"""Position encodings: rotary angles for the attention, and learned tables for the embedding."""
+"""Rotary position embeddings: inverse frequencies, scaled as the model was trained."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
-from torch import nn
 
+from shards.kernels.base import Rotation
 from shards.models.spec import (
-    LearnedPositions,
     LinearScaling,
     Llama3Scaling,
     Rotary,
@@ -49,45 +47,9 @@ def inverse_frequencies(rotary: Rotary, device: torch.device) -> torch.Tensor:
     return inverse if rotary.scaling is None else _scaled(inverse, rotary, rotary.scaling)
 
 
-@dataclass(frozen=True, slots=True)
-class Angles:
-    """Cosines and sines of a step's positions, [T, 1, dim/2], shared by every layer."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    dim: int
-    interleaved: bool
-
-    def rotate(self, x_TNH: torch.Tensor) -> torch.Tensor:
-        """Turn the first `dim` channels of every head by its position's angles."""
-        turned, rest = x_TNH[..., : self.dim], x_TNH[..., self.dim :]
-        if self.interleaved:
-            a, b = turned[..., 0::2], turned[..., 1::2]
-        else:
-            a, b = turned.chunk(2, dim=-1)
-        parts = (a * self.cos - b * self.sin, b * self.cos + a * self.sin)
-        turned = (
-            torch.stack(parts, dim=-1).flatten(-2) if self.interleaved else torch.cat(parts, -1)
-        )
-        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
-
-
-def angles(rotary: Rotary, positions_T: torch.Tensor, dtype: torch.dtype) -> Angles:
-    """Computed in float32, for any position, without a table as long as the context."""
-    inverse = inverse_frequencies(rotary, positions_T.device)
-    angle = positions_T[:, None, None].float() * inverse
+def rotation_of(rotary: Rotary, device: torch.device | None = None) -> Rotation:
+    """What kernels are told of a rotary embedding: angles for any position, without a table as
+    long as the context."""
     factor = rotary.scaling.attention_factor if isinstance(rotary.scaling, YarnScaling) else 1.0
-    cos, sin = (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
-    return Angles(cos, sin, rotary.dim, rotary.interleaved)
-
-
-class PositionTable(nn.Module):
-    """Learned absolute positions, replicated."""
-
-    def __init__(self, width: int, positions: LearnedPositions) -> None:
-        super().__init__()
-        self.offset = positions.offset
-        self.weight = nn.Parameter(torch.empty(positions.rows, width))
-
-    def forward(self, positions_T: torch.Tensor) -> torch.Tensor:
-        return self.weight[positions_T + self.offset]
+    inverse = inverse_frequencies(rotary, device or torch.device("cpu"))
+    return Rotation(inverse, rotary.interleaved, factor)

@@ -1,109 +1,74 @@
 """One decoder for every family: the parts of a `ModelSpec`, cut for one rank.
 
 Hidden states are replicated; each layer all-reduces once after its attention and once after its
-FFN. Module names are the parameter names of `shards/models/parameters.py`.
+FFN. Parameter names are those of `shards/models/parameters.py`. What a step computes is said to a
+kernel set in sentences (`shards/kernels/base.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from typing import Generic
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from shards.batch import Batch
-from shards.collectives.base import Collective
-from shards.kernels.base import AttentionKernel
+from shards.kernels.base import Embedding, KernelSet, M, PositionTable, Sentences, Weight
 from shards.kv_cache import LayerCache
 from shards.layers.attention import Attention
-from shards.layers.embedding import Embedding
 from shards.layers.ffn import FeedForward
-from shards.layers.linear import ColumnLinear
-from shards.layers.norm import Norm
-from shards.layers.position import Angles, PositionTable, angles
-from shards.layout import LayerSplit, Layout
-from shards.models.spec import Layer, ModelSpec
-from shards.timing import PhaseTimer
+from shards.layers.position import rotation_of
+from shards.layers.weights import Weights
+from shards.layout import Layout
+from shards.models.spec import ModelSpec
 
 
-class DecoderLayer(nn.Module):
-    """x += attention(norm(x)); x += ffn(norm(x))."""
+class Decoder(Generic[M]):
+    """A rank's share of the model, its weights packed for a kernel set.
+
+    `loaded` is emptied: parameter names to this rank's slices (`checkpoint.loader.load_shard`).
+    """
 
     def __init__(
-        self, spec: ModelSpec, layer: Layer, split: LayerSplit, rank: int, kernel: AttentionKernel
+        self,
+        spec: ModelSpec,
+        layout: Layout,
+        rank: int,
+        loaded: MutableMapping[str, Weight],
+        kernels: KernelSet[M],
     ) -> None:
-        super().__init__()
-        self.attention_norm = Norm(spec.width, spec.norm)
-        self.attention = Attention(
-            spec.width, layer.attention, split.heads[rank], split.kv_heads[rank], kernel
-        )
-        self.ffn_norm = Norm(spec.width, spec.norm)
-        self.ffn = FeedForward(spec.width, layer.ffn, len(split.channels[rank]))
+        weights = Weights(loaded, kernels)
+        self.rotation = None if spec.rotary is None else rotation_of(spec.rotary)
+        self.embedding = Embedding(weights.matrix("embedding"), layout.vocabulary[rank].start)
+        self.positions = None
+        if spec.positions is not None:
+            table = weights.vector("positions.weight")
+            self.positions = PositionTable(table, spec.positions.offset)
+        self.layers = [
+            (
+                Attention(
+                    layer.attention,
+                    spec.norm,
+                    split.heads[rank],
+                    split.kv_heads[rank],
+                    weights,
+                    f"layers.{i}.attention",
+                ),
+                FeedForward(layer.ffn, spec.norm, weights, f"layers.{i}.ffn"),
+            )
+            for i, (layer, split) in enumerate(zip(spec.layers, layout.layers, strict=True))
+        ]
+        self.norm = weights.norm("norm", spec.norm)
+        self.output = self.embedding.matrix if spec.tied_embeddings else weights.matrix("output")
+        weights.close()
 
-    def forward(
-        self,
-        x_TD: torch.Tensor,
-        batch: Batch,
-        cache: LayerCache,
-        turn: Angles | None,
-        collective: Collective,
-        timer: PhaseTimer,
-    ) -> torch.Tensor:
-        partial_TD = self.attention(self.attention_norm(x_TD), batch, cache, turn)
-        timer.mark("attention")
-        x_TD = x_TD + self.attention.out.finish(collective.all_reduce(partial_TD))
-        timer.mark("all_reduce")
-        partial_TD = self.ffn(self.ffn_norm(x_TD))
-        timer.mark("ffn")
-        x_TD = x_TD + self.ffn.down.finish(collective.all_reduce(partial_TD))
-        timer.mark("all_reduce")
-        return x_TD
-
-
-class Decoder(nn.Module):
-    """A rank's share of the model."""
-
-    def __init__(self, spec: ModelSpec, layout: Layout, rank: int, kernel: AttentionKernel) -> None:
-        super().__init__()
-        rows = layout.vocabulary[rank]
-        self.rotary = spec.rotary
-        self.embedding = Embedding(rows, spec.vocabulary, spec.width)
-        self.positions = (
-            None if spec.positions is None else PositionTable(spec.width, spec.positions)
-        )
-        self.layers = nn.ModuleList(
-            DecoderLayer(spec, layer, split, rank, kernel)
-            for layer, split in zip(spec.layers, layout.layers, strict=True)
-        )
-        self.norm = Norm(spec.width, spec.norm)
-        self.output = (
-            None if spec.tied_embeddings else ColumnLinear(spec.width, len(rows), bias=False)
-        )
-
-    def forward(
-        self,
-        batch: Batch,
-        caches: Sequence[LayerCache],
-        collective: Collective,
-        timer: PhaseTimer,
-    ) -> torch.Tensor:
+    def hidden(self, step: Sentences[M], caches: Sequence[LayerCache]) -> torch.Tensor:
         """Hidden states after the last layer, before the final norm: [T, D]."""
-        x_TD = self.embedding(batch.tokens_T)
-        timer.mark("embed")
-        x_TD = collective.all_reduce(x_TD)
-        timer.mark("all_reduce")
-        if self.positions is not None:
-            x_TD = x_TD + self.positions(batch.positions_T)
-        turn = None
-        if self.rotary is not None:
-            turn = angles(self.rotary, batch.positions_T, x_TD.dtype)
-        timer.mark("embed")
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x_TD = layer(x_TD, batch, cache, turn, collective, timer)
+        x_TD = step.embed(self.embedding, self.positions)
+        for (attention, ffn), cache in zip(self.layers, caches, strict=True):
+            x_TD = attention(step, x_TD, self.rotation, cache)
+            x_TD = ffn(step, x_TD)
         return x_TD
 
-    def logits(self, x_SD: torch.Tensor) -> torch.Tensor:
-        """Of this rank's vocabulary rows, float32 [S, rows]."""
-        rows = self.embedding if self.output is None else self.output
-        return F.linear(self.norm(x_SD), rows.weight).float()
+    def logits(self, step: Sentences[M], x_SD: torch.Tensor) -> torch.Tensor:
+        """Of this rank's vocabulary rows, float32 [S, V]."""
+        return step.logits(x_SD, self.norm, self.output)

@@ -15,6 +15,8 @@ import torch
 
 from shards.contract import Sampling
 
+Ids = Sequence[int] | np.ndarray
+
 
 @dataclass(slots=True)
 class _Edits:
@@ -88,16 +90,14 @@ class Adjustments:
         self._edits.pop(slot, None)
         self._histories.pop(slot, None)
 
-    def record(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+    def record(self, slots: Ids, tokens: Sequence[int]) -> None:
         """`tokens[i]` was generated for `slots[i]`."""
         if self._histories:
             for slot, token in zip(slots, tokens, strict=True):
                 if slot in self._histories:
                     self._histories[slot].record(token)
 
-    def apply(
-        self, logits_SV: torch.Tensor, slots: Sequence[int], positions: Sequence[int]
-    ) -> torch.Tensor:
+    def apply(self, logits_SV: torch.Tensor, slots: Ids, positions: Ids) -> torch.Tensor:
         """The adjusted logits; `logits_SV` itself, untouched, where no slot adjusts anything."""
         edits = [(row, self._edits[slot]) for row, slot in enumerate(slots) if slot in self._edits]
         histories = [
@@ -113,7 +113,7 @@ class Adjustments:
         return logits_SV
 
     def _edit(
-        self, logits_SV: torch.Tensor, edits: list[tuple[int, _Edits]], positions: Sequence[int]
+        self, logits_SV: torch.Tensor, edits: list[tuple[int, _Edits]], positions: Ids
     ) -> None:
         biased = [(row, edit.bias_tokens) for row, edit in edits if len(edit.bias_tokens)]
         if biased:

@@ -71,7 +71,10 @@ class Sampler:
         self._adjustments.end(slot)
 
     def sample(
-        self, logits_SV: torch.Tensor, slots: Sequence[int], positions: Sequence[int]
+        self,
+        logits_SV: torch.Tensor,
+        slots: Sequence[int] | np.ndarray,
+        positions: Sequence[int] | np.ndarray,
     ) -> tuple[list[int], list[Logprobs | None]]:
         """The next token of each slot, and its log probabilities where the slot asks for them.
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from shards.collectives import choose, connect, kernel, kernel_parts
+from shards.collectives import choose, connect
 from shards.collectives.gloo import Gloo
 from shards.collectives.local import Local
 from shards.collectives.nccl import Nccl
@@ -42,6 +41,7 @@ def segment() -> Iterator[int]:
         ("shared_memory", 9, "cpu", True, "shared_memory"),
         ("gloo", 2, "cpu", True, "gloo"),
         ("nccl", 2, "cuda", False, "nccl"),
+        ("symmetric_memory", 2, "cuda", True, "symmetric_memory"),
     ],
 )
 def test_choice(name: str, world: int, device: str, one_host: bool, chosen: str) -> None:
@@ -55,6 +55,7 @@ def test_choice(name: str, world: int, device: str, one_host: bool, chosen: str)
         ("shared_memory", 2, "cuda", True, "cuda"),
         ("gloo", 2, "cuda:3", True, "cuda:3"),
         ("nccl", 2, "cpu", True, "cpu"),
+        ("symmetric_memory", 2, "cuda", False, "one host"),
         ("nccl", 1, "cpu", True, "cpu"),
         ("local", 2, "cpu", True, "world is 2"),
         ("mpi", 2, "cpu", True, "'mpi'"),
@@ -171,11 +172,6 @@ def test_16_bit_sums_are_rounded_once_for_every_bit_pattern(dtype: torch.dtype) 
         assert torch.equal(result.isnan(), expected.isnan())
         numbers = ~expected.isnan()
         assert torch.equal(result[numbers].view(torch.int16), expected[numbers].view(torch.int16))
-
-
-def test_the_kernels_cache_sees_a_change_of_its_parts() -> None:
-    checksum = zlib.crc32(Path(kernel_parts.__file__).read_bytes())
-    assert checksum == kernel.PARTS_CHECKSUM, f"set PARTS_CHECKSUM = {checksum:#x} in kernel.py"
 
 
 def test_joining_without_the_others_names_who_is_missing() -> None:

@@ -1,6 +1,7 @@
 """Imports run one way. Every module is parsed, so that imports inside functions count as well.
 
-    deploy -> cluster -> shards -> models, checkpoint, collectives -> layers -> kernels -> leaves
+    deploy -> cluster -> shards -> models, checkpoint -> layers -> kernels -> collectives,
+    quantization -> leaves
 
 A module may import its own level and those below it, and nothing may close a circle.
 """
@@ -24,11 +25,13 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("deploy",),
     ("cluster",),
     ("shards",),
-    ("shards.models", "shards.checkpoint", "shards.collectives"),
+    ("shards.models", "shards.checkpoint"),
     ("shards.layers",),
     ("shards.kernels",),
+    ("shards.collectives", "shards.quantization"),
     (
         "shards.batch",
+        "shards.compile_cache",
         "shards.contract",
         "shards.dealing",
         "shards.errors",
@@ -38,6 +41,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "shards.models.family",
         "shards.models.parameters",
         "shards.models.spec",
+        "shards.quantization.choice",
+        "shards.quantization.scheme",
         "shards.timing",
     ),
 )
@@ -49,6 +54,11 @@ LIGHT = (
     "shards.footprint",
     "shards.models.spec",
     "shards.models.parameters",
+    "shards.quantization.choice",
+    "shards.quantization.scheme",
+    "shards.cost.host",
+    "shards.cost.objective",
+    "shards.cost.prediction",
     "cluster.scheduler",
     "cluster.blocks",
     "cluster.request",

@@ -12,6 +12,7 @@ from cluster.config import ClusterConfig, ServerConfig
 from cluster.errors import StartupError
 from deploy import preflight
 from deploy.plan_report import make_plan
+from shards.cost.precision import Precision
 from shards.errors import CheckpointError, NotEnoughMemory
 from shards.footprint import settle_dtype
 from shards.layout import make_layout
@@ -75,7 +76,7 @@ def test_the_plan_is_of_what_will_be_served(model: Path, device: str) -> None:
         spec,
         make_layout(spec, 2),
         model="m",
-        dtype=settle_dtype("auto", spec, device),
+        precision=Precision(settle_dtype("auto", spec, device)),
         context=blueprint.context,
     )
 

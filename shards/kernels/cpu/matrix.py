@@ -1,0 +1,106 @@
+"""Packed weights of any kind behind one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shards.kernels.base import Weight
+from shards.kernels.cpu import linear_float, linear_quantized
+from shards.kernels.cpu.kernel import Header, Instruction
+from shards.kernels.cpu.linear_float import PackedFloat
+from shards.kernels.cpu.linear_quantized import PackedQuantized
+from shards.quantization.tensor import QuantizedTensor
+
+Allocate = Callable[[int], torch.Tensor]
+Scratch = Callable[[int], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class CpuMatrix:
+    """Weights [outputs, inputs]: parts side by side along the outputs.
+
+    More than one where a checkpoint quantises some of the matrices that a layer fuses.
+    """
+
+    parts: tuple[PackedFloat | PackedQuantized, ...]
+
+    @property
+    def outputs(self) -> int:
+        return sum(part.outputs for part in self.parts)
+
+    @property
+    def inputs(self) -> int:
+        return self.parts[0].inputs
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+def pack(weights: Sequence[Weight], allocate: Allocate) -> CpuMatrix:
+    """Neighbours of a kind become one part."""
+    parts: list[PackedFloat | PackedQuantized] = []
+    floats: list[torch.Tensor] = []
+    quantised: list[QuantizedTensor] = []
+
+    def close() -> None:
+        if floats:
+            joined = floats[0] if len(floats) == 1 else torch.cat(floats)
+            parts.append(linear_float.pack_float(joined, allocate))
+            floats.clear()
+        if quantised:
+            parts.append(linear_quantized.pack_quantized(quantised, allocate))
+            quantised.clear()
+
+    for weight in weights:
+        if isinstance(weight, QuantizedTensor):
+            if floats:
+                close()
+            quantised.append(weight)
+        else:
+            if quantised or (floats and floats[0].dtype != weight.dtype):
+                close()
+            floats.append(weight)
+    close()
+    return CpuMatrix(tuple(parts))
+
+
+def linear(
+    matrix: CpuMatrix,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    scratch: Scratch,
+    *,
+    bias: torch.Tensor | None = None,
+    rows: Header = Header.ROWS,
+    add: bool = False,
+) -> list[Instruction]:
+    """y = x W^T (+ bias) (+ y). `scratch(nbytes)` lends room for the length of an instruction."""
+    found: list[Instruction] = []
+    start = 0
+    for part in matrix.parts:
+        stop = start + part.outputs
+        of_part = None if bias is None else bias[start:stop]
+        target = y[:, start:stop]
+        if isinstance(part, PackedFloat):
+            found += linear_float.linear(part, x, target, bias_O=of_part, rows=rows, add=add)
+        else:
+            room = scratch(linear_quantized.scratch_bytes(len(x), part.inputs))
+            found += linear_quantized.linear(
+                part, x, target, room, bias=of_part, rows=rows, add=add
+            )
+        start = stop
+    return found
+
+
+def embed(
+    matrix: CpuMatrix, tokens: torch.Tensor, x: torch.Tensor, first: int
+) -> tuple[Instruction, ...]:
+    """x[r] = row tokens[r] - first, or zeros where the matrix has no such row."""
+    (part,) = matrix.parts
+    if isinstance(part, PackedFloat):
+        return linear_float.embed(part, tokens, x, first=first)
+    return linear_quantized.embed(part, tokens, x, first)
