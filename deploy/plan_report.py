@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from deploy.plan_prediction import PredictionPlan
+from shards.cost.precision import Precision
 from shards.footprint import (
     Communication,
     communication,
@@ -47,6 +49,7 @@ class PlanReport(_Frozen):
 
     `tokens` and `sequences` (of `context` tokens each) are what the whole group can hold: its
     tightest rank decides. `slowdown` is a decode step's time over that of a perfect cut.
+    `prediction` is None where `unpredicted` says why.
     """
 
     model: str
@@ -62,6 +65,8 @@ class PlanReport(_Frozen):
     slowdown: float
     tokens: int | None
     sequences: int | None
+    prediction: PredictionPlan | None = None
+    unpredicted: str | None = None
 
 
 def make_plan(
@@ -69,20 +74,23 @@ def make_plan(
     layout: Layout,
     *,
     model: str,
-    dtype: str,
+    precision: Precision,
     context: int,
     kv_memory: int | None = None,
     memory_per_rank: int | None = None,
     block_size: int = 16,
+    prediction: PredictionPlan | None = None,
+    unpredicted: str | None = None,
 ) -> PlanReport:
     """`kv_memory` is what each rank gives to the KV cache; `memory_per_rank` what it gives to the
     KV cache and its weights together. In bytes, at most one of them."""
-    footprints = rank_footprints(spec, layout, dtype)
+    footprints = rank_footprints(spec, layout, precision.dtype)
+    weights = precision.rank_bytes(spec, layout)
     ranks = []
     for rank, footprint in enumerate(footprints):
         room = kv_memory
         if memory_per_rank is not None:
-            room = memory_per_rank - footprint.weights
+            room = memory_per_rank - weights[rank]
         tokens = None
         if room is not None:
             tokens = tokens_that_fit(room, footprint.kv_per_token, block_size)
@@ -91,7 +99,7 @@ def make_plan(
                 rank=rank,
                 capacity=layout.capacity[rank],
                 vocabulary=layout.vocabulary[rank],
-                weight_bytes=footprint.weights,
+                weight_bytes=weights[rank],
                 kv_bytes_per_token=footprint.kv_per_token,
                 tokens=tokens,
                 fits=room is None or room >= 0,
@@ -105,15 +113,17 @@ def make_plan(
         architecture=spec.architecture,
         parameters=size.parameters,
         active_parameters=size.active,
-        dtype=dtype,
+        dtype=precision.dtype,
         context=context,
         tensor_parallel=layout.world,
         splits=_splits(layout),
         ranks=tuple(ranks),
-        communication=communication(spec, layout, dtype),
+        communication=communication(spec, layout, precision.dtype),
         slowdown=slowdown(spec, layout),
         tokens=tokens,
         sequences=None if tokens is None else tokens // context,
+        prediction=prediction,
+        unpredicted=unpredicted,
     )
 
 

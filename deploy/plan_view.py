@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from deploy.plan_prediction_view import print_prediction
 from deploy.plan_report import LayersPlan, PlanReport
 from shards.layout import Range
 
@@ -41,6 +42,10 @@ def print_plan(report: PlanReport) -> None:
         console.print(_table(report, None, totals=True))
     for line in _findings(report):
         console.print(line)
+    if report.prediction is not None:
+        print_prediction(console, report.prediction, report.tensor_parallel)
+    elif report.unpredicted is not None:
+        console.print(f"no prediction: {report.unpredicted}", soft_wrap=True)
 
 
 def _summary(report: PlanReport) -> str:

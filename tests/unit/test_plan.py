@@ -14,6 +14,8 @@ import pytest
 
 from deploy.cli import main
 from deploy.plan_report import PlanReport, make_plan
+from shards.cost.host import CoreRates, HostProfile, host_name, store_host
+from shards.cost.precision import Precision
 from shards.footprint import model_size, rank_footprints, tokens_that_fit
 from shards.layout import make_layout
 from shards.models.parameters import parameters
@@ -53,7 +55,9 @@ class Result:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
     def headwise_plan(*arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["headwise", "plan", *arguments])
         with pytest.raises(SystemExit) as ended:
@@ -64,9 +68,17 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return headwise_plan
 
 
-def report(spec: ModelSpec, world: int, **options: int) -> PlanReport:
+def report(
+    spec: ModelSpec, world: int, kv_memory: int | None = None, memory_per_rank: int | None = None
+) -> PlanReport:
     return make_plan(
-        spec, make_layout(spec, world), model="m", dtype="bfloat16", context=2048, **options
+        spec,
+        make_layout(spec, world),
+        model="m",
+        precision=Precision("bfloat16"),
+        context=2048,
+        kv_memory=kv_memory,
+        memory_per_rank=memory_per_rank,
     )
 
 
@@ -218,6 +230,19 @@ def test_dtype_and_context(run: Run) -> None:
         (["--kv-memory", "lots"], "--kv-memory lots: give a number of bytes with a unit"),
         (["--kv-memory", "1GiB", "--memory-per-rank", "2GiB"], "exclude each other"),
         (["--capacity", "1,1e300"], "capacity of rank 1 is 1e+300 times that of rank 0"),
+        (["--device", "v100"], "device v100: use cpu, or one of a100-40, a100-80"),
+        (["--device", "h200", "--link", "string"], "link string: known are nvlink3"),
+        (["--device", "cpu", "--itl-slo", "1"], "this host has not been measured"),
+        (["--device", "cuda", "--itl-slo", "1"], "device cuda: name the GPU, one of a100-40"),
+        (["--device", "h200", "--itl-slo", "0"], "--itl-slo 0: give seconds above 0"),
+        (["--device", "h200", "--batch", "1,x"], "--batch 1,x: give whole numbers above 0"),
+        (["--device", "h200", "--measure"], "--measure with --device h200: only this host's"),
+        (["--device", "a100-80", "--quantization", "fp8"], "has no fp8 arithmetic"),
+        (["--capacity", "2,1", "--itl-slo", "1"], "sizes are compared on equal ranks"),
+        (
+            ["--device", "h200", "--prompt", "32768", "--output", "1"],
+            "--prompt 32768 and --output 1: the model's positions end at 32768",
+        ),
         (["--context", "40000"], "--context 40000: the model's positions end at 32768"),
     ],
 )
@@ -264,3 +289,93 @@ def test_the_configs_are_what_they_say() -> None:
     assert qwen.layers[0].ffn.width == 29568
     assert (gpt3.width, len(gpt3.layers), gpt3.layers[0].attention.heads) == (12288, 96, 96)
     assert gpt3.layers[0].attention.head_dim == 128
+
+
+def test_a_named_device_is_predicted_for(run: Run) -> None:
+    ran = run("-m", QWEN, "-n", "8", "--device", "h100-sxm", "--batch", "1,64", "--json")
+    assert ran.exit_code == 0, ran.stderr
+    found = PlanReport.model_validate_json(ran.stdout).prediction
+    assert found is not None
+    assert (found.device, found.devices, found.link) == ("h100-sxm", 8, "nvlink4")
+    assert (found.prompt, found.output, found.context) == (512, 256, 640)
+    one, many = found.batches
+    assert (one.batch, many.batch) == (1, 64)
+    assert one.itl_s < many.itl_s
+    assert one.decode_bound == "memory"
+    assert one.fits
+    assert many.fits
+    assert (found.sizes, found.best) == ((), None)
+
+
+def test_quantised_weights_are_counted(run: Run) -> None:
+    def planned(quantization: str) -> PlanReport:
+        ran = run(
+            *("-m", QWEN, "-n", "2", "--device", "h100-sxm", "--json"),
+            *("--quantization", quantization),
+        )
+        assert ran.exit_code == 0, ran.stderr
+        return PlanReport.model_validate_json(ran.stdout)
+
+    whole, packed = planned("none"), planned("int4")
+    assert packed.ranks[0].weight_bytes < 0.35 * whole.ranks[0].weight_bytes
+    assert whole.prediction is not None
+    assert packed.prediction is not None
+    assert packed.prediction.kv_tokens > whole.prediction.kv_tokens
+    assert packed.prediction.batches[0].itl_s < 0.6 * whole.prediction.batches[0].itl_s
+
+
+def test_sizes_are_compared_for_an_objective(run: Run) -> None:
+    options = ("-m", QWEN, "-n", "6", "--device", "h100-sxm")
+    slo = ("--ttft-slo", "0.5", "--itl-slo", "0.02")
+    ran = run(*options, *slo, "--json")
+    assert ran.exit_code == 0, ran.stderr
+    found = PlanReport.model_validate_json(ran.stdout).prediction
+    assert found is not None
+    assert [size.tensor_parallel for size in found.sizes] == [1, 2, 4, 6, 8]
+    assert found.sizes[0].misses == ("memory", "itl")
+    assert found.best in {size.tensor_parallel for size in found.sizes if not size.misses}
+    printed = run(*options, *slo).stdout
+    assert "TTFT <= 500 ms and ITL <= 20 ms" in printed
+    assert "no: memory, itl" in printed
+    assert f"best: tensor_parallel={found.best} with up to" in printed
+    assert (
+        "none of these sizes meets ITL <= 0.001 ms: the least with one sequence"
+        in run(*options, "--itl-slo", "1e-6").stdout
+    )
+    too_large = run(*options, "--itl-slo", "1", "--sizes", "1", "-n", "1").stdout
+    assert "the model does not fit" in too_large
+
+
+def test_the_prediction_is_readable(run: Run) -> None:
+    ran = run("-m", QWEN, "-n", "8", "--device", "h200", "--link", "infiniband-ndr")
+    assert "predicted for 8 ranks on 8 x h200 over infiniband-ndr" in ran.stdout
+    rows = [line for line in ran.stdout.splitlines() if line.rstrip().endswith("fits │")]
+    assert len(rows) == 3, "a row of the table was folded or cut"
+
+
+def test_this_host_is_predicted_for_once_it_is_measured(run: Run) -> None:
+    without = run("-m", GPT3, "-n", "2")
+    assert without.exit_code == 0
+    assert "no prediction: device cpu: this host has not been measured" in without.stdout
+    rates = CoreRates(2, 30e9, {"float32": 1e11, "bfloat16": 1e11, "float16": 1e11, "int8": 4e11})
+    store_host(HostProfile(host_name(), 1 << 40, (rates,)))
+    ran = run("-m", GPT3, "-n", "2", "--json")
+    assert ran.exit_code == 0, ran.stderr
+    here = PlanReport.model_validate_json(ran.stdout).prediction
+    ran = run("-m", GPT3, "-n", "2", "--link", "ethernet-100", "--json")
+    apart = PlanReport.model_validate_json(ran.stdout).prediction
+    assert here is not None
+    assert apart is not None
+    assert (here.devices, here.link) == (1, "shared-memory")
+    assert apart.devices == 2
+    assert here.batches[0].itl_s > 1.9 * apart.batches[0].itl_s
+
+
+def test_lengths_shrink_to_a_short_context(run: Run, tmp_path: Path) -> None:
+    config = json.loads((Path(GPT3) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_positions": 100}))
+    ran = run("-m", str(tmp_path), "--device", "h200", "-n", "8", "--json")
+    assert ran.exit_code == 0, ran.stderr
+    found = PlanReport.model_validate_json(ran.stdout).prediction
+    assert found is not None
+    assert (found.prompt, found.output) == (50, 50)
