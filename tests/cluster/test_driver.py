@@ -325,7 +325,7 @@ def test_stop_ends_open_streams(model_dir: Path) -> None:
 def test_a_rank_that_cannot_load_is_a_startup_error(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_weights(*arguments: object) -> None:
+    def no_weights(*arguments: object, **options: object) -> None:
         raise HeadwiseError("the weights are gone")
 
     monkeypatch.setattr("shards.worker.load_shard", no_weights)

@@ -35,8 +35,8 @@ from shards.kernels.cpu.simd import (
     widen_ir,
 )
 
-PANEL: Final = 32  # a cache line of 16-bit weights
-_LINE: Final = 64  # bytes
+PANEL: Final = 4 * LANES
+_LINE: Final = 64  # bytes of a cache line
 _STORED: Final = {"float32": F32, "bfloat16": I16, "float16": I16}
 
 
@@ -46,10 +46,10 @@ def _fits(rows: int, width: int) -> bool:
     return rows * vectors + min(rows, vectors) + 1 <= REGISTERS
 
 
-# Rows of the tile that large matmuls are made of: two vectors or more share an activation.
-TILE_ROWS: Final = max(r for r in range(1, REGISTERS) if _fits(r, max(PANEL // 2, 2 * LANES)))
-# Outputs across a tile, by its rows: as many chains as there is room for hide the latency of a
+# Rows of the tile that large matmuls are made of: half a panel across, where two vectors share
+# each activation. Fewer rows take a whole panel, to have as many chains hide the latency of a
 # multiply-add.
+TILE_ROWS: Final = max(rows for rows in range(1, REGISTERS) if _fits(rows, PANEL // 2))
 TILE_WIDTHS: Final = (
     0,
     *(PANEL if _fits(rows, PANEL) else PANEL // 2 for rows in range(1, TILE_ROWS + 1)),
@@ -102,7 +102,8 @@ def _emit(
 ) -> None:
     vector = ir.VectorType(_STORED[kind], LANES)
     size = 4 if kind == "float32" else 2
-    columns = range(TILE_WIDTHS[rows] // LANES)
+    width = TILE_WIDTHS[rows]
+    columns = range(width // LANES)
 
     def rows_at(base: ir.Value, stride: ir.Value) -> list[ir.Value]:
         return [builder.add(base, builder.mul(stride, I64(row))) for row in range(rows)]
@@ -120,7 +121,7 @@ def _emit(
     sums = [builder.phi(floats.ir) for _ in before]
     x_k = builder.mul(k, I64(4))
     w_k = builder.add(weights, builder.mul(k, I64(PANEL * size)))
-    for line in range(0, TILE_WIDTHS[rows] * size, _LINE):
+    for line in range(0, width * size, _LINE):
         _prefetch(builder, builder.add(builder.add(w_k, ahead), I64(line)))
 
     def activation(row: int) -> ir.Value:

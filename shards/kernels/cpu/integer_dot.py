@@ -93,6 +93,9 @@ class _Pairs:
         self._count += 1
         if self._count == self._most:
             self._flush()
+            self._sum = _in_order(builder, self._sum)
+        else:
+            self._pairs = _in_order(builder, self._pairs)
 
     def _flush(self) -> None:
         arguments = [self._pairs, constant(_SHORT_LANES, 1)]
@@ -104,6 +107,12 @@ class _Pairs:
         if self._count:
             self._flush()
         return self._sum
+
+
+def _in_order(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """The same value, computed here: LLVM would start many sums and spill them."""
+    signature = ir.FunctionType(value.type, [value.type])
+    return builder.asm(signature, "", "=x,0", [value], side_effect=True)
 
 
 def _with_sign(builder: ir.IRBuilder, x: ir.Value, signed: ir.Value) -> ir.Value:

@@ -23,14 +23,14 @@ from typing import Final
 
 import torch
 
-from shards.kernels.cpu.simd import LANES
+from shards.kernels.cpu.simd import LANES, REGISTERS
 from shards.quantization.packing import unpack
 from shards.quantization.scheme import BLOCK, INT4, INT4_MINIMUM, INT6, INT8, Scheme
 from shards.quantization.tensor import QuantizedTensor
 
 VECTORS: Final = 2
 PANEL: Final = VECTORS * LANES
-TILE_ROWS: Final = 8
+TILE_ROWS: Final = REGISTERS // (2 * VECTORS)  # sums of integers and of floats take all registers
 STEPS: Final = BLOCK // 4
 SCHEMES: Final = (INT8, INT6, INT4, INT4_MINIMUM)  # compiled code knows a scheme by its place
 # Outputs that are repacked at a time: what bounds the memory between.

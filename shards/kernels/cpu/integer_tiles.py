@@ -9,7 +9,7 @@ processor, it is computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from llvmlite import ir
 from numba import types
@@ -43,6 +43,7 @@ from shards.kernels.cpu.simd import (
     emits,
     floats,
     load_ir,
+    prefetch_ir,
     splat_ir,
     store_ir,
     suffix,
@@ -50,10 +51,15 @@ from shards.kernels.cpu.simd import (
 )
 from shards.quantization.scheme import BLOCK, Scheme
 
+# Bytes ahead of the weights in use that memory is read. Without it the processor's own prefetching
+# stops at every page, and loses track where several lines of a block are read out of order.
+_AHEAD: Final = 8192
+_LINE: Final = 64
+
 _Broadcast = Callable[[int, int, ir.Type], ir.Value]  # row, offset in its record, type
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def tile(
     _context: Any, scheme: Any, rows: Any, weights: Any, records: Any, out: Any, blocks: Any
 ) -> Any:
@@ -89,6 +95,8 @@ def _tile(
     with cgutils.for_range(builder, blocks) as loop:
         block = builder.add(weights, builder.mul(loop.index, I64(block_bytes(scheme))))
         record = builder.add(records, builder.mul(loop.index, I64(TILE_ROWS * Record.END)))
+        for line in range(0, block_bytes(scheme), _LINE):
+            prefetch_ir(builder, builder.add(block, I64(_AHEAD + line)))
         sums = {cell: builder.load(totals[cell]) for cell in cells}
         _block(builder, scheme, sums, block, record)
         for cell in cells:

@@ -41,12 +41,12 @@ from shards.kernels.cpu.simd import (
     store_part,
 )
 
-# Inputs and panels that rows beyond one tile walk at a time, so that their weights, at most 256 KB,
-# stay in the second-level cache from one tile to the next.
+# Inputs and outputs of the part that rows beyond one tile work on together: its weights, at most
+# 256 KB, stay in the second-level cache from one tile to the next.
 _BLOCK: Final = 1024
-_STRIP: Final = 2
-# Bytes ahead of the weights in use that memory is read: about what a core fetches within its latency.
-_AHEAD: Final = 8192
+_STRIP: Final = max(1, 64 // PANEL)  # panels
+# Bytes ahead of the weights in use that memory is read.
+_AHEAD: Final = 16384
 
 
 def _anywhere(nbytes: int) -> torch.Tensor:

@@ -63,7 +63,7 @@ class _Quantize(IntEnum):
     RECORDS = 4
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit
 def _record(records: Any, blocks: Any, row: Any, block: Any) -> Any:
     tile, inside = divmod(row, TILE_ROWS)
     return records + ((tile * blocks + block) * TILE_ROWS + inside) * Record.END
@@ -97,7 +97,7 @@ class _Multiply(IntEnum):
     CACHED_ROWS = 9  # rows that meet all weights before the next do, whole tiles
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit
 def _finish(tile: Any, rows: Any, y: Any, y_bytes: Any, bias: Any, add: Any, outputs: Any) -> None:
     """y = tile (+ bias) (+ y) of a panel, of whose outputs there are `outputs`."""
     for row in range(rows):
@@ -141,9 +141,9 @@ def _multiply(scheme: int) -> Kernel:
                 while row < stop:
                     record = _record(records, blocks, row, 0)
                     left = stop - row
-                    if left >= 8:
-                        count = 8
-                        tile(scheme, 8, panel, record, out, blocks)
+                    if left >= TILE_ROWS:
+                        count = TILE_ROWS
+                        tile(scheme, TILE_ROWS, panel, record, out, blocks)
                     elif left >= 4:
                         count = 4
                         tile(scheme, 4, panel, record, out, blocks)
@@ -174,7 +174,7 @@ class _Embed(IntEnum):
     X_BYTES = 6  # bytes from row to row
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit
 def _code(block: Any, bits: Any, step: Any, byte: Any) -> Any:
     """Of byte `byte` of a line of 4 PANEL bytes; compiled for a constant `bits`."""
     if bits == 8:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -12,6 +13,7 @@ from shards.kernels.cpu import linear_float, linear_quantized
 from shards.kernels.cpu.kernel import Header, Instruction
 from shards.kernels.cpu.linear_float import PackedFloat
 from shards.kernels.cpu.linear_quantized import PackedQuantized
+from shards.quantization.scheme import Scheme
 from shards.quantization.tensor import QuantizedTensor
 
 Allocate = Callable[[int], torch.Tensor]
@@ -43,29 +45,19 @@ class CpuMatrix:
 def pack(weights: Sequence[Weight], allocate: Allocate) -> CpuMatrix:
     """Neighbours of a kind become one part."""
     parts: list[PackedFloat | PackedQuantized] = []
-    floats: list[torch.Tensor] = []
-    quantised: list[QuantizedTensor] = []
-
-    def close() -> None:
-        if floats:
+    for kind, alike in groupby(weights, _kind):
+        if isinstance(kind, Scheme):
+            quantised = [weight for weight in alike if isinstance(weight, QuantizedTensor)]
+            parts.append(linear_quantized.pack_quantized(quantised, allocate))
+        else:
+            floats = [weight for weight in alike if isinstance(weight, torch.Tensor)]
             joined = floats[0] if len(floats) == 1 else torch.cat(floats)
             parts.append(linear_float.pack_float(joined, allocate))
-            floats.clear()
-        if quantised:
-            parts.append(linear_quantized.pack_quantized(quantised, allocate))
-            quantised.clear()
-
-    for weight in weights:
-        if isinstance(weight, QuantizedTensor):
-            if floats:
-                close()
-            quantised.append(weight)
-        else:
-            if quantised or (floats and floats[0].dtype != weight.dtype):
-                close()
-            floats.append(weight)
-    close()
     return CpuMatrix(tuple(parts))
+
+
+def _kind(weight: Weight) -> torch.dtype | Scheme:
+    return weight.scheme if isinstance(weight, QuantizedTensor) else weight.dtype
 
 
 def linear(

@@ -351,3 +351,11 @@ load_i64, store_i64 = _scalar(I64, types.int64, "i64")
 load_i32, store_i32 = _scalar(I32, types.int32, "i32")
 load_i8, store_i8 = _scalar(I8, types.int8, "i8")
 load_u8, store_u8 = _scalar(I8, types.uint8, "u8")
+
+
+def prefetch_ir(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Fetch the line at an address, which may be any, into the first-level cache."""
+    pointer = builder.inttoptr(address, I8.as_pointer())
+    read, first_level, data = I32(0), I32(3), I32(1)
+    arguments = [pointer, read, first_level, data]
+    call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
