@@ -1,1 +1,5 @@
-"""The load generator behind `headwise bench serve`. Knows the SDK; neither torch nor ray."""
+"""Benchmarks: `headwise bench`.
+
+The modules here are the load generator behind `headwise bench serve`: they know the SDK, neither
+torch nor ray. `suite` measures engines in this process, `peers` other engines beside them.
+"""

@@ -1,4 +1,4 @@
-"""`headwise bench`: how fast a server answers."""
+"""`headwise bench`: how fast a server answers, and what the engine behind it can do."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from pydantic import ValidationError
 
 from deploy.bench.settings import BadLoad, Settings
 from deploy.commands import connection
+from deploy.commands.bench_peers import peers
+from deploy.commands.bench_suite import collectives, latency, roofline, scaling, throughput
 
 if TYPE_CHECKING:
     from deploy.bench.report import Report
     from deploy.bench.run import Measured
     from headwise import AsyncClient
 
-bench = typer.Typer(help="Measure a server.", no_args_is_help=True)
+bench = typer.Typer(help="Measure a server, or engines on this machine.", no_args_is_help=True)
+for command in (latency, throughput, scaling, collectives, peers, roofline):
+    bench.command()(command)
 
 _INTERRUPTED = 130
 _LENGTH = "Tokens: a number, lognormal:MEDIAN,SIGMA, or sharegpt for a mix like conversations."

@@ -70,7 +70,7 @@ LINKS: Mapping[str, Link] = {
         # InfiniBand NDR, 4 lanes, one port per GPU, with GPUDirect RDMA.
         Link("infiniband-ndr", 400 * _GIGABIT, 4e-6, 10e-6, one_shot=False),
         # headwise's own all-reduce between processes of one host. `bandwidth` is that of reading
-        # what another core has written; benchmarks/collectives.py measures both.
+        # what another core has written; `headwise bench collectives` measures both.
         Link("shared-memory", 15e9, 1e-6, 2e-6, one_shot=True, share=1.0),
     )
 }
