@@ -169,17 +169,36 @@ class Runner:
         slots = np.array([item.slot for item in items])
         positions = np.array([item.start + item.count for item in items])
         widths = self._slots.shortlist[slots]
-        if widths.min() > 0 and not any(item.logits for item in items):
-            sampled, tokens_S = self._sample_shortlists(
-                rows_S, slots, positions, int(widths.max()), timer
-            )
-        else:
+        if widths.min() == 0 or any(item.logits for item in items):
             sampled, tokens_S = self._sample_all(rows_S, items, slots, positions, timer)
-        timer.mark("sample")
-        tokens_S = self._collective.broadcast(tokens_S)
+            tokens_S = self._collective.broadcast(tokens_S)
+        elif widths.max() == 1:
+            sampled, tokens_S = self._sample_greedily(rows_S, slots, positions, timer)
+        else:
+            count = int(widths.max())
+            sampled, tokens_S = self._sample_shortlists(rows_S, slots, positions, count, timer)
+            tokens_S = self._collective.broadcast(tokens_S)
         self._slots.tokens[slots, positions] = tokens_S.cpu().numpy()
-        timer.mark("all_reduce")
+        timer.mark("sample")
         return sampled
+
+    def _sample_greedily(
+        self, rows_S: np.ndarray, slots: np.ndarray, positions: np.ndarray, timer: PhaseTimer
+    ) -> tuple[tuple[Sampled, ...], torch.Tensor]:
+        """Every rank sees each one's best token, and so knows the pick without being told."""
+        logits_SV = self._executor.logits(rows_S, timer)
+        own = shortlist.shortlist(logits_SV, self._vocabulary[self._collective.rank].start, 1)
+        timer.mark("output")
+        widths = [2] * self._collective.world
+        best_SC, tokens_SC = shortlist.join(self._collective.all_gather(own, widths), widths)
+        timer.mark("all_reduce")
+        columns_S1 = best_SC.argmax(-1, keepdim=True)
+        tokens_S = tokens_SC.gather(1, columns_S1)[:, 0]
+        if self._sampler is None:
+            return (), tokens_S
+        usable_S = best_SC.gather(1, columns_S1)[:, 0].isfinite()
+        told = torch.where(usable_S, tokens_S, NO_TOKEN).tolist()
+        return tuple(map(Sampled, slots.tolist(), positions.tolist(), told)), tokens_S
 
     def _sample_shortlists(
         self,
@@ -198,15 +217,10 @@ class Runner:
         if lists is None or self._sampler is None:
             return (), self._no_tokens(len(slots))
         logits_SC, tokens_SC = shortlist.join(lists, widths)
-        if count == 1:
-            columns_S = logits_SC.argmax(-1)
-            usable_S = logits_SC.gather(1, columns_S[:, None])[:, 0].isfinite()
-        else:
-            columns, _ = self._sampler.sample(logits_SC, slots, positions)
-            columns_S = torch.tensor(columns, device=self._device)
-            usable_S = columns_S >= 0
+        columns, _ = self._sampler.sample(logits_SC, slots, positions)
+        columns_S = torch.tensor(columns, device=self._device)
         tokens_S = tokens_SC.gather(1, columns_S.clamp(min=0)[:, None])[:, 0]
-        told = torch.where(usable_S, tokens_S, NO_TOKEN).tolist()
+        told = torch.where(columns_S < 0, NO_TOKEN, tokens_S).tolist()
         return tuple(map(Sampled, slots.tolist(), positions.tolist(), told)), tokens_S
 
     def _sample_all(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
 import torch
@@ -16,17 +15,6 @@ def kernel_set(device: torch.device, dtype: torch.dtype, threads: int) -> Kernel
         from shards.kernels.cuda import CudaKernels
 
         return CudaKernels(device, dtype)
-    if not _compiles_well():
-        from shards.kernels.reference import ReferenceKernels
-
-        return ReferenceKernels(device, dtype)
     from shards.kernels.cpu import CpuKernels
 
     return CpuKernels(dtype, threads)
-
-
-def _compiles_well() -> bool:
-    """Whether LLVM has instructions for 16-bit floats here; older x86 processors lack them."""
-    from shards.kernels.cpu.simd import FEATURES
-
-    return platform.machine() != "x86_64" or {"avx2", "fma", "f16c"} <= FEATURES

@@ -6,6 +6,8 @@ this rank, K tokens of a list.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from shards.contract import Sampling
@@ -50,7 +52,7 @@ def shortlist(logits_SV: torch.Tensor, first: int, count: int) -> torch.Tensor:
     return torch.cat((values_SK, (at_SK + first).to(values_SK.dtype)), -1)
 
 
-def join(lists: torch.Tensor, widths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def join(lists: torch.Tensor, widths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Every rank's list, side by side, `widths` wide each -> logits and token ids, [S, all K]."""
     parts = torch.split(lists, list(widths), -1)
     halves = [part.chunk(2, -1) for part in parts]

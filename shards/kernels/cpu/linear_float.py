@@ -107,7 +107,7 @@ def linear(
     rows: Header = Header.ROWS,
     add: bool = False,
 ) -> tuple[Instruction, ...]:
-    """y = x W^T (+ bias) (+ y, with `add`) for the first rows of the buffers, as many as `rows` says.
+    """y = x W^T (+ bias) (+ y, with `add`) for as many rows as the field `rows` of the header says.
 
     x and y are float32 and do not overlap; either may be columns of a wider buffer. Raises
     ValueError for buffers of another shape or dtype.
@@ -137,7 +137,7 @@ def linear(
 def embed(
     packed: PackedFloat, tokens_R: torch.Tensor, x_RK: torch.Tensor, *, first: int = 0
 ) -> tuple[Instruction, ...]:
-    """x = the weights of output `token - first` for the step's rows, 0 where there is no such output.
+    """x = the weights of output `token - first` for each row of the step, or 0 without such one.
 
     `tokens` are int32 or int64; x is float32. Raises ValueError for buffers of another shape or
     dtype.

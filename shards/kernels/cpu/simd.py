@@ -100,13 +100,59 @@ def widen_ir(builder: ir.IRBuilder, value: ir.Value, kind: str) -> ir.Value:
         bits = builder.zext(value, ir.VectorType(I32, value.type.count))
         return builder.bitcast(builder.shl(bits, constant(bits.type, 16)), wide)
     if kind == "float16":
-        return builder.fpext(builder.bitcast(value, ir.VectorType(F16, value.type.count)), wide)
+        if _HALVES:
+            return builder.fpext(builder.bitcast(value, ir.VectorType(F16, value.type.count)), wide)
+        return _widen_half(builder, value)
     return value
+
+
+# Where the processor does not convert float16, LLVM calls functions that a process need not have.
+_HALVES = bool({"f16c", "avx512f", "neon"} & FEATURES)
+
+
+def _widen_half(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Bits of float16 -> float32: the exponent is moved by a product, subnormals included."""
+    wide = ir.VectorType(F32, value.type.count)
+    bits = builder.zext(value, ir.VectorType(I32, value.type.count))
+    magnitude = builder.and_(bits, constant(bits.type, 0x7FFF))
+    magnitude = builder.shl(magnitude, constant(bits.type, 13))
+    sign = builder.shl(builder.and_(bits, constant(bits.type, 0x8000)), constant(bits.type, 16))
+    scaled = builder.fmul(builder.bitcast(magnitude, wide), constant(wide, 2.0**112))
+    special = builder.or_(magnitude, constant(bits.type, 0x7F800000))
+    is_special = builder.icmp_unsigned(">=", magnitude, constant(bits.type, 0x7C00 << 13))
+    found = builder.select(is_special, special, builder.bitcast(scaled, bits.type))
+    return builder.bitcast(builder.or_(found, sign), wide)
+
+
+def _narrow_half(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """float32 -> bits of float16, to nearest even."""
+    kind = ir.VectorType(I32, value.type.count)
+
+    def c(number: int) -> ir.Constant:
+        return constant(kind, number)
+
+    bits = builder.bitcast(value, kind)
+    sign = builder.lshr(builder.and_(bits, c(0x80000000)), c(16))
+    size = builder.and_(bits, c(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(size, c(13)), c(1))
+    rebased = builder.sub(builder.add(size, builder.add(odd, c(0xFFF))), c(112 << 23))
+    normal = builder.lshr(rebased, c(13))
+    # Adding 0.5 leaves a subnormal's bits, rounded, in the last places.
+    shifted = builder.fadd(builder.bitcast(size, value.type), constant(value.type, 0.5))
+    subnormal = builder.sub(builder.bitcast(shifted, kind), c(0x3F000000))
+    is_nan = builder.icmp_unsigned(">", size, c(0x7F800000))
+    special = builder.select(is_nan, c(0x7E00), c(0x7C00))
+    found = builder.select(builder.icmp_unsigned("<", size, c(0x38800000)), subnormal, normal)
+    is_special = builder.icmp_unsigned(">=", size, c(0x47800000))
+    found = builder.select(is_special, special, found)
+    return builder.trunc(builder.or_(found, sign), ir.VectorType(I16, value.type.count))
 
 
 def narrow_ir(builder: ir.IRBuilder, value: ir.Value, kind: str) -> ir.Value:
     """The other way, to nearest even; NaN stays NaN."""
     lanes = value.type.count
+    if kind == "float16" and not _HALVES:
+        return _narrow_half(builder, value)
     if kind == "float16":
         half = builder.fptrunc(value, ir.VectorType(F16, lanes))
         return builder.bitcast(half, ir.VectorType(I16, lanes))
