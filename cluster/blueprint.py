@@ -98,7 +98,7 @@ def draw_up(config: ClusterConfig) -> Blueprint:
     """
     source = open_model(config.model, config.revision)
     layout = make_layout(source.spec, config.tensor_parallel, config.capacity)
-    dtype = settle_dtype(config.dtype, source.spec, config.device)
+    dtype = settle_dtype(config.dtype, source.spec)
     context = min(source.spec.context, config.max_context or source.spec.context)
     storage = choose_storage(source, layout, config.quantization)
     footprints = rank_footprints(source.spec, layout, dtype, storage.schemes)

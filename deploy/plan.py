@@ -134,8 +134,7 @@ def plan(
     if tensor_parallel is None:
         tensor_parallel = 1 if speeds is None else len(speeds)
     layout = make_layout(spec, tensor_parallel, speeds)
-    kind = "cpu" if device == "cpu" else "cuda"
-    precision = Precision(settle_dtype(dtype, spec, kind), quantization)
+    precision = Precision(settle_dtype(dtype, spec), quantization)
 
     prediction, unpredicted = None, None
     try:

@@ -19,12 +19,9 @@ from shards.quantization.scheme import Scheme
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def settle_dtype(dtype: str, spec: ModelSpec, device: str) -> str:
-    """What "auto" stands for on "cpu" or "cuda"; any other `dtype` stands for itself."""
-    if dtype != "auto":
-        return dtype
-    # PyTorch's 16-bit matrix products are slower than float32 ones on CPUs without their own.
-    return "float32" if device == "cpu" else spec.dtype
+def settle_dtype(dtype: str, spec: ModelSpec) -> str:
+    """What "auto" stands for: the checkpoint's own; any other `dtype` stands for itself."""
+    return spec.dtype if dtype == "auto" else dtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,9 @@ class Worker:
         self._channel = channel
         self._device = torch.device(config.device)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
-        self._kernels = kernel_set(self._device, self._dtype, threads)
+        self._kernels = kernel_set(
+            self._device, self._dtype, threads, config.quantization
+        )
         self._decoder: Decoder[Any] | None = None
         self._collective: Collective | None = None
         self._runner: Runner | None = None

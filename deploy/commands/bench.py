@@ -13,7 +13,14 @@ from pydantic import ValidationError
 from deploy.bench.settings import BadLoad, Settings
 from deploy.commands import connection
 from deploy.commands.bench_peers import peers
-from deploy.commands.bench_suite import collectives, latency, roofline, scaling, throughput
+from deploy.commands.bench_suite import (
+    collectives,
+    latency,
+    perplexity,
+    roofline,
+    scaling,
+    throughput,
+)
 
 if TYPE_CHECKING:
     from deploy.bench.report import Report
@@ -21,7 +28,7 @@ if TYPE_CHECKING:
     from headwise import AsyncClient
 
 bench = typer.Typer(help="Measure a server, or engines on this machine.", no_args_is_help=True)
-for command in (latency, throughput, scaling, collectives, peers, roofline):
+for command in (latency, throughput, scaling, collectives, peers, roofline, perplexity):
     bench.command()(command)
 
 _INTERRUPTED = 130

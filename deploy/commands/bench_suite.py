@@ -1,5 +1,5 @@
-"""`headwise bench latency`, `throughput`, `scaling`, `roofline`, `collectives`: engines that are
-started for the purpose, in this process."""
+"""`headwise bench latency`, `throughput`, `scaling`, `roofline`, `perplexity`, `collectives`:
+engines that are started for the purpose, in this process."""
 
 from __future__ import annotations
 
@@ -186,6 +186,28 @@ def roofline(
         seed=seed,
     )
     publish(result, output, plot, as_json)
+
+
+def perplexity(
+    model: Model,
+    text: Annotated[
+        Path, typer.Option(help="A text file.", exists=True, dir_okay=False, readable=True)
+    ],
+    tensor_parallel: Ranks = 1,
+    threads_per_rank: Threads = None,
+    kv_memory: KvMemory = "1GiB",
+    output: Output = OUTPUT,
+    as_json: AsJson = False,
+) -> None:
+    """What each dtype and quantisation costs in accuracy: perplexity of a text."""
+    options = _options(model, tensor_parallel, threads_per_rank, "cpu", "auto", "auto", kv_memory)
+    try:
+        words = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BenchmarkError(f"--text={text}: no UTF-8 at byte {error.start}") from error
+    from deploy.bench.suite.perplexity import measure_perplexity
+
+    publish(measure_perplexity(options, words), output, False, as_json)
 
 
 def collectives(

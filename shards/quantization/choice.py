@@ -1,11 +1,12 @@
 """Which weights of a model are kept quantised, and in what: arithmetic, known before loading.
 
-"auto" keeps what the checkpoint means: a GGUF tensor in its own scheme, all else as floats. "none"
-keeps floats. "int8" and "int4" hold for every linear layer, whatever the checkpoint has, and leave
-those as they are that it already holds in so many bits. Under "int4" the embedding and the output
-layer have 8 bits: at four, those of SmolLM2-135M alone raise its perplexity by another eighth. All
-else is INT4: INT4_MINIMUM, a ninth larger, was no better there (perplexity x 1.18 to 1.20 for both,
-quantised from Q4_1 with its inputs shuffled, so that no group had a grid of its own).
+"auto" keeps what the checkpoint means: a GGUF tensor in its own scheme, all else as floats; the
+answers are those of the dequantised weights. "none" keeps floats. "int8" and "int4" hold for every
+linear layer, whatever the checkpoint has, and leave those as they are that it already holds in so
+many bits. Under "int4" the embedding and the output layer have 8 bits: at four, those of
+SmolLM2-135M alone raise its perplexity by another eighth. All else is INT4: INT4_MINIMUM, a ninth
+larger, was no better there (perplexity x 1.18 to 1.20 for both, quantised from Q4_1 with its inputs
+shuffled, so that no group had a grid of its own).
 
 A weight can be quantised if its inputs, on every rank, are whole blocks of 32; one that cannot is
 kept as floats, on all ranks. A leaf: no torch.

@@ -201,6 +201,7 @@ SETS: dict[str, Make] = {
     "reference": lambda dtype: ReferenceKernels(CPU, dtype),
     "cpu": lambda dtype: CpuKernels(dtype, threads=1),
     "cpu, 3 threads": lambda dtype: CpuKernels(dtype, threads=3),
+    "cpu, integers": lambda dtype: CpuKernels(dtype, threads=1, integers=True),
     "cuda, run on a CPU": lambda dtype: CudaKernels(CPU, dtype),
 }
 # A row of 48 to 96 sums loses some units of 2^-24 in float32; a rounded cache some of 2^-9 or

@@ -76,7 +76,7 @@ def test_the_plan_is_of_what_will_be_served(model: Path, device: str) -> None:
         spec,
         make_layout(spec, 2),
         model="m",
-        precision=Precision(settle_dtype("auto", spec, device)),
+        precision=Precision(settle_dtype("auto", spec)),
         context=blueprint.context,
     )
 

@@ -22,11 +22,16 @@ from shards.timing import PhaseTimer
 
 
 class CpuKernels:
-    """Weights and cache in `dtype` or quantised, activations in float32, `threads` threads."""
+    """Weights and cache in `dtype` or quantised, activations in float32, `threads` threads.
 
-    def __init__(self, dtype: torch.dtype, threads: int) -> None:
+    With `integers`, activations that meet quantised weights are rounded to 8 bits, a scale for each
+    32 of them, and multiplied as integers: faster, and not quite the dequantised weights' answer.
+    """
+
+    def __init__(self, dtype: torch.dtype, threads: int, *, integers: bool = False) -> None:
         self._dtype = dtype
         self._threads = threads
+        self._integers = integers
         self._arena = Arena()
 
     def pack(self, weights: Sequence[Weight]) -> CpuMatrix:
@@ -47,7 +52,9 @@ class CpuKernels:
     ) -> ProgramExecutor:
         # The threads are the program's from here on: PyTorch's own would spin beside them.
         torch.set_num_threads(1)
-        return ProgramExecutor(decoder, caches, collective, limits, self._threads)
+        return ProgramExecutor(
+            decoder, caches, collective, limits, self._threads, integers=self._integers
+        )
 
 
 class ProgramExecutor:
@@ -60,12 +67,14 @@ class ProgramExecutor:
         collective: Collective,
         limits: Limits,
         threads: int,
+        *,
+        integers: bool,
     ) -> None:
         self._inputs = Inputs(limits)
-        forward = Recorder(self._inputs, limits, collective, threads)
+        forward = Recorder(self._inputs, limits, collective, threads, integers=integers)
         hidden_TD = decoder.hidden(forward, caches)
         self._forward = Program(forward.steps, threads, forward.check)
-        head = Recorder(self._inputs, limits, collective, threads)
+        head = Recorder(self._inputs, limits, collective, threads, integers=integers)
         self._logits_SV = decoder.logits(head, hidden_TD)
         self._head = Program(head.steps, threads, head.check)
 

@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 
 from shards.kernels.base import Weight
-from shards.kernels.cpu import linear_float, linear_quantized
+from shards.kernels.cpu import linear_float, linear_quantized, linear_widened
 from shards.kernels.cpu.kernel import Header, Instruction
 from shards.kernels.cpu.linear_float import PackedFloat
 from shards.kernels.cpu.linear_quantized import PackedQuantized
@@ -66,11 +66,16 @@ def linear(
     y: torch.Tensor,
     scratch: Scratch,
     *,
+    integers: bool,
     bias: torch.Tensor | None = None,
     rows: Header = Header.ROWS,
     add: bool = False,
 ) -> list[Instruction]:
-    """y = x W^T (+ bias) (+ y). `scratch(nbytes)` lends room for the length of an instruction."""
+    """y = x W^T (+ bias) (+ y). `scratch(nbytes)` lends room for the length of an instruction.
+
+    Where weights are quantised, `integers` quantises x too, for integer dot products; otherwise
+    the weights are widened as they are read.
+    """
     found: list[Instruction] = []
     start = 0
     for part in matrix.parts:
@@ -79,6 +84,8 @@ def linear(
         target = y[:, start:stop]
         if isinstance(part, PackedFloat):
             found += linear_float.linear(part, x, target, bias_O=of_part, rows=rows, add=add)
+        elif not integers:
+            found += linear_widened.linear(part, x, target, bias=of_part, rows=rows, add=add)
         else:
             room = scratch(linear_quantized.scratch_bytes(len(x), part.inputs))
             found += linear_quantized.linear(

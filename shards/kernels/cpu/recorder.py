@@ -49,13 +49,20 @@ class Recorder:
     """
 
     def __init__(
-        self, inputs: Inputs, limits: Limits, collective: Collective, threads: int
+        self,
+        inputs: Inputs,
+        limits: Limits,
+        collective: Collective,
+        threads: int,
+        *,
+        integers: bool,
     ) -> None:
         self.steps: list[tuple[Phase, Step]] = []
         self._inputs = inputs
         self._limits = limits
         self._collective = collective
         self._threads = threads
+        self._integers = integers
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
         self._rooms: dict[int, torch.Tensor] = {}
         self._turns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -181,7 +188,14 @@ class Recorder:
         add: bool = False,
     ) -> None:
         instructions = matrix.linear(
-            linear.matrix, x, y, self._room, bias=linear.bias, rows=counted, add=add
+            linear.matrix,
+            x,
+            y,
+            self._room,
+            integers=self._integers,
+            bias=linear.bias,
+            rows=counted,
+            add=add,
         )
         self._add(phase, instructions)
 
