@@ -126,6 +126,10 @@ def linear(
                 f"{name} {list(buffer.shape)} of {buffer.dtype}, strides {buffer.stride()}: must "
                 f"be [rows, {width}] of float32, each row contiguous"
             )
+    if len(x) != len(y):
+        raise ValueError(f"x has {len(x)} rows, y {len(y)}: they must have as many")
+    if bias is not None and bias.shape != (packed.outputs,):
+        raise ValueError(f"bias {list(bias.shape)} does not fit {packed.outputs} outputs")
     if bias is not None:
         bias = torch.nn.functional.pad(bias.float(), (0, -len(bias) % PANEL))
     cached = max(1, _CACHED_BYTES // (4 * packed.inputs * TILE_ROWS)) * TILE_ROWS
