@@ -97,7 +97,12 @@ def draw_up(config: ClusterConfig) -> Blueprint:
     Raises `CheckpointError`, `UnsupportedModel`, `IllegalSplit` or `NotEnoughMemory`.
     """
     source = open_model(config.model, config.revision)
-    layout = make_layout(source.spec, config.tensor_parallel, config.capacity)
+    layout = make_layout(
+        source.spec,
+        config.tensor_parallel,
+        config.capacity,
+        expert_parallel=config.expert_parallel,
+    )
     dtype = settle_dtype(config.dtype, source.spec)
     context = min(source.spec.context, config.max_context or source.spec.context)
     storage = choose_storage(source, layout, config.quantization)

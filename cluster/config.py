@@ -25,6 +25,7 @@ class ClusterConfig(BaseModel):
     """One model copy: a driver and `tensor_parallel` ranks.
 
     `capacity` gives each rank's relative speed and then also says how many ranks there are.
+    With `expert_parallel`, experts are dealt to ranks whole; else every one is cut by its channels.
     `kv_memory` is per rank; by default it is sized from the memory that is left after the weights.
     `dtype` is that of hidden states, KV cache and the weights that are not quantised;
     `quantization` says which are (`shards/quantization/choice.py`): by default those that the
@@ -38,6 +39,7 @@ class ClusterConfig(BaseModel):
     revision: str | None = None
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
     capacity: Capacity | None = None
+    expert_parallel: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Quantization = "auto"

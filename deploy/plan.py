@@ -51,6 +51,13 @@ def plan(
         str | None,
         typer.Option(help="Relative speed of each rank, such as 2,1,1.", show_default="all equal"),
     ] = None,
+    expert_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--expert-parallel",
+            help="Deal experts to ranks whole, instead of cutting each by its channels.",
+        ),
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     device: Annotated[
         str,
@@ -133,7 +140,7 @@ def plan(
     spec = load_spec(model, revision)
     if tensor_parallel is None:
         tensor_parallel = 1 if speeds is None else len(speeds)
-    layout = make_layout(spec, tensor_parallel, speeds)
+    layout = make_layout(spec, tensor_parallel, speeds, expert_parallel=expert_parallel)
     precision = Precision(settle_dtype(dtype, spec), quantization)
 
     prediction, unpredicted = None, None

@@ -7,7 +7,9 @@ from pydantic import BaseModel, ConfigDict
 from deploy.plan_prediction import PredictionPlan
 from shards.cost.precision import Precision
 from shards.footprint import (
+    CacheKind,
     Communication,
+    cache_kinds,
     communication,
     model_size,
     rank_footprints,
@@ -23,12 +25,18 @@ class _Frozen(BaseModel):
 
 
 class LayersPlan(_Frozen):
-    """One way of cutting a layer, and the layers that are cut so. Ranges are one per rank."""
+    """One way of cutting a layer, and the layers that are cut so. Ranges are one per rank.
+
+    In a mixture of experts `channels` are the shared expert's, `experts` those of which a rank
+    holds anything, and `expert_channels` what it holds of each.
+    """
 
     layers: tuple[Range, ...]
     heads: tuple[Range, ...]
     kv_heads: tuple[Range, ...]
     channels: tuple[Range, ...]
+    experts: tuple[Range, ...] = ()
+    expert_channels: tuple[Range, ...] = ()
 
 
 class RankPlan(_Frozen):
@@ -60,6 +68,7 @@ class PlanReport(_Frozen):
     context: int
     tensor_parallel: int
     splits: tuple[LayersPlan, ...]
+    cache_kinds: tuple[CacheKind, ...]
     ranks: tuple[RankPlan, ...]
     communication: Communication
     slowdown: float
@@ -117,6 +126,7 @@ def make_plan(
         context=context,
         tensor_parallel=layout.world,
         splits=_splits(layout),
+        cache_kinds=cache_kinds(spec, precision.dtype),
         ranks=tuple(ranks),
         communication=communication(spec, layout, precision.dtype),
         slowdown=slowdown(spec, layout),
@@ -141,6 +151,8 @@ def _splits(layout: Layout) -> tuple[LayersPlan, ...]:
             heads=split.heads,
             kv_heads=split.kv_heads,
             channels=split.channels,
+            experts=split.experts,
+            expert_channels=split.expert_channels,
         )
         for split, runs in alike.items()
     )

@@ -40,6 +40,7 @@ def print_plan(report: PlanReport) -> None:
     if len(report.splits) > 1:
         console.print("all layers")
         console.print(_table(report, None, totals=True))
+    console.print(_cache_table(report))
     for line in _findings(report):
         console.print(line)
     if report.prediction is not None:
@@ -65,7 +66,11 @@ def _table(report: PlanReport, split: LayersPlan | None, *, totals: bool) -> Tab
     if split is not None:
         columns["query heads"] = [_owned(run) for run in split.heads]
         columns["KV heads"] = [_kv_heads(split, rank.rank) for rank in report.ranks]
-        columns["channels"] = [_owned(run) for run in split.channels]
+        if any(split.channels):
+            columns["channels"] = [_owned(run) for run in split.channels]
+        if split.experts:
+            columns["experts"] = [_owned(run) for run in split.experts]
+            columns["channels of each"] = [_owned(run) for run in split.expert_channels]
     if totals:
         columns["vocabulary rows"] = [_owned(rank.vocabulary) for rank in report.ranks]
         columns["weights"] = [_size(rank.weight_bytes) for rank in report.ranks]
@@ -79,6 +84,23 @@ def _table(report: PlanReport, split: LayersPlan | None, *, totals: bool) -> Tab
         table.add_column(name, justify="right", no_wrap=True)
     for row in zip(*columns.values(), strict=True):
         table.add_row(*row)
+    return table
+
+
+def _cache_table(report: PlanReport) -> Table:
+    """The KV cache of each kind of layer, beside what it would be with a KV head for every query
+    head."""
+    table = Table()
+    for name in ("attention", "layers", "window", "KV per token and layer", "as MHA"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for kind in report.cache_kinds:
+        table.add_row(
+            kind.kind,
+            str(kind.layers),
+            "none" if kind.window is None else f"{kind.window:,}",
+            _size(kind.bytes_per_token),
+            _size(kind.as_mha),
+        )
     return table
 
 

@@ -19,6 +19,8 @@ class Batch:
     the batch, how many they are (one in a decode), the tokens in its cache once this step's are
     written, and its row in `tables`. `tables` int64 [.., B] holds block tables, of whose rows only
     those named by a span mean anything, and of each only as many blocks as its context fills.
+    `prompts_S` int64 has the length of each sequence's prompt, for attention that sees a prompt in
+    both directions; None where none does.
     """
 
     tokens_T: Int64
@@ -27,3 +29,4 @@ class Batch:
     offsets_T: Int64
     spans_S4: Int64
     tables: Int64
+    prompts_S: Int64 | None = None

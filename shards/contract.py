@@ -180,12 +180,15 @@ class Query(msgspec.Struct, frozen=True, array_like=True, tag="query"):
 
 
 class RankStatus(msgspec.Struct, frozen=True, array_like=True, tag="status"):
-    """`seconds` are sums since the epoch began."""
+    """`seconds` are sums since the epoch began. `expert_tokens`: for each layer with a mixture of
+    experts, how many tokens were sent to each expert, on whatever rank it lies, since the weights
+    were loaded."""
 
     rank: int
     steps: int
     seconds: PhaseSeconds
     rss: int
+    expert_tokens: dict[int, tuple[int, ...]] = {}
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True, tag="failure"):

@@ -1,7 +1,7 @@
 """Dealing heads and rows to ranks of given whole weights (capacities): the rules and their bounds.
 
-Both functions return `world + 1` bounds: rank r gets `bounds[r]` up to `bounds[r + 1]`. They expect
-at least as many heads or rows as there are ranks. A leaf: integers and fractions only.
+All functions return `world + 1` bounds: rank r gets `bounds[r]` up to `bounds[r + 1]`. They expect
+at least as many heads, rows or things as there are ranks. A leaf: integers and fractions only.
 
 Query heads: every rank gets a run of at least one, and a copy of each KV head that its run reads.
 Its cost is what its slice of q, k, v and out weighs, in units of head_dim x width: 2 per query head
@@ -148,6 +148,11 @@ def deal_rows(rows: int, weights: Sequence[int], block: int = 1) -> list[int]:
             if _slowest(dealt, weights) <= limit * least:
                 return dealt
     return finest
+
+
+def deal_whole(things: int, weights: Sequence[int]) -> list[int]:
+    """Ranges of things that come one by one, such as experts, by largest remainders."""
+    return _deal_units(things, 1, weights)
 
 
 def _slowest(bounds: Sequence[int], weights: Sequence[int]) -> Fraction:

@@ -21,7 +21,7 @@ from shards.kernels.base import KernelSet, Limits, M
 from shards.kv_cache import LayerCache
 from shards.layout import Layout
 from shards.models.decoder import Decoder
-from shards.models.spec import ModelSpec
+from shards.models.spec import LatentAttention, ModelSpec
 from shards.sampling import Sampler, shortlist
 from shards.timing import PhaseTimer
 
@@ -134,6 +134,7 @@ class Runner:
             positions_T % self._block_size,
             np.stack((ends - counts, counts, firsts + counts, slots), axis=1),
             self._slots.tables,
+            self._slots.prompt_lengths[slots],
         )
 
     def _gather_logits(self, rows_S: np.ndarray, timer: PhaseTimer) -> torch.Tensor | None:
@@ -268,7 +269,11 @@ def _allocate(
     try:
         return tuple(
             kernels.allocate(
-                blocks, len(split.kv_heads[rank]), block_size, layer.attention.head_dim
+                blocks,
+                len(split.kv_heads[rank]),
+                block_size,
+                layer.attention.head_dim,
+                layer.attention.latent if isinstance(layer.attention, LatentAttention) else None,
             )
             for layer, split in zip(spec.layers, layout.layers, strict=True)
         )

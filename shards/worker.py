@@ -54,9 +54,7 @@ class Worker:
         self._channel = channel
         self._device = torch.device(config.device)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
-        self._kernels = kernel_set(
-            self._device, self._dtype, threads, config.quantization
-        )
+        self._kernels = kernel_set(self._device, self._dtype, threads, config.quantization)
         self._decoder: Decoder[Any] | None = None
         self._collective: Collective | None = None
         self._runner: Runner | None = None
@@ -77,7 +75,12 @@ class Worker:
         )
         held = sum(weight.nbytes for weight in weights.values())
         self._decoder = Decoder(
-            config.source.spec, config.layout, config.rank, weights, self._kernels
+            config.source.spec,
+            config.layout,
+            config.rank,
+            weights,
+            self._kernels,
+            config.context,
         )
         left = int(device_bytes_left(config.device) * KV_SHARE[self._device.type])
         room = left // config.host_ranks if config.kv_memory is None else config.kv_memory
@@ -98,6 +101,7 @@ class Worker:
                             self._steps,
                             self._seconds,
                             psutil.Process().memory_info().rss,
+                            {} if self._decoder is None else self._decoder.expert_loads(),
                         )
                     )
                 case Stop():

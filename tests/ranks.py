@@ -42,6 +42,7 @@ class ThreadRanks:
         world: int,
         *,
         capacity: Many[float] | None = None,
+        expert_parallel: bool = False,
         context: int = 256,
         blocks: int = 96,
         block_size: int = 8,
@@ -49,7 +50,7 @@ class ThreadRanks:
         max_step_tokens: int = 64,
     ) -> None:
         source = open_model(str(model))
-        layout = make_layout(source.spec, world, capacity)
+        layout = make_layout(source.spec, world, capacity, expert_parallel=expert_parallel)
         self.vocabulary = source.spec.vocabulary
         self.blocks, self.block_size, self.max_sequences = blocks, block_size, max_sequences
         self._pool = ThreadPoolExecutor(world)

@@ -39,6 +39,13 @@ def serve(
     capacity: Annotated[
         str | None, typer.Option(help="Relative speed of each rank, such as 2,1,1.")
     ] = None,
+    expert_parallel: Annotated[
+        bool | None,
+        typer.Option(
+            "--expert-parallel",
+            help="Deal experts to ranks whole, instead of cutting each by its channels.",
+        ),
+    ] = None,
     device: Annotated[Literal["cpu", "cuda"] | None, typer.Option()] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"] | None, typer.Option()

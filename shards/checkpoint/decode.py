@@ -7,13 +7,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 
 
 def decode(encoded: npt.NDArray[np.uint8], dtype: str) -> torch.Tensor:
     """`encoded` [rows, bytes] holds whole blocks of `dtype` -> [rows, elements].
 
-    F32, F16 and BF16 share the array's memory; quantised types come out as float32.
+    F32, F16, BF16 and U8 share the array's memory; quantised types come out as float32.
     """
     if dtype in _PLAIN:
         return torch.from_numpy(encoded).view(_PLAIN[dtype])

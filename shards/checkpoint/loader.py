@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from shards.checkpoint.checkpoint import BLOCKS, Checkpoint
+from shards.checkpoint import mxfp4
+from shards.checkpoint.checkpoint import BLOCKS, Checkpoint, TensorInfo
+from shards.checkpoint.decode import decode
 from shards.checkpoint.pieces import Piece, pieces
 from shards.checkpoint.storage import choose_storage
 from shards.errors import CheckpointError
 from shards.footprint import slice_bytes
 from shards.layout import Layout, Range
-from shards.models.family import Source
+from shards.models.family import MXFP4_BLOCK, Source
 from shards.models.parameters import Parameter, parameters
 from shards.models.source import ModelSource
 from shards.quantization.choice import Quantization
@@ -36,10 +39,10 @@ def load_shard(
     """Parameter name -> this rank's slice on `device`, contiguous.
 
     The slice of `parameters(spec)` is cut along its axis to `layout.owned(parameter, rank)`; tied
-    embeddings have no output.weight. What `quantization` means (`shards/quantization/choice.py`)
-    comes as `QuantizedTensor`, all else in `dtype`. Read in pieces: beside the weights themselves,
-    less than 200 MB are held at any time. `on_bytes(done, total)` counts bytes of weights as they
-    arrive.
+    embeddings have no output.weight, and experts of other ranks are not here. What `quantization`
+    means (`shards/quantization/choice.py`) comes as `QuantizedTensor`, all else in `dtype`. Read in
+    pieces: beside the weights themselves, less than 200 MB are held at any time. `on_bytes(done,
+    total)` counts bytes of weights as they arrive.
 
     Raises `CheckpointError` where a file is gone or changed, or a value overflows float16.
     """
@@ -47,6 +50,7 @@ def load_shard(
     slices = [
         _Slice(p, layout.owned(p, rank), source.sources[p.name], schemes.get(p.name))
         for p in parameters(source.spec)
+        if layout.owned(p, rank)
     ]
     total = sum(
         slice_bytes(s.parameter, len(s.owned), str(dtype).removeprefix("torch."), s.scheme)
@@ -92,7 +96,7 @@ class _Slice:
         loaded = torch.empty(self._shape(), dtype=dtype, device=device)
         for piece in self._pieces():
             target = loaded[tuple(slice(r.start, r.stop) for r in piece.target)]
-            target.copy_(_convert(self._floats(checkpoint, piece), dtype, self.source.tensor))
+            target.copy_(_convert(self._floats(checkpoint, piece), dtype, piece.tensor))
             count(target.nbytes)
         return loaded
 
@@ -105,7 +109,7 @@ class _Slice:
     ) -> QuantizedTensor:
         rows, inputs = self._shape()
         loaded = QuantizedTensor.empty(scheme, rows, inputs, device)
-        stored = checkpoint.tensors[self.source.tensor].dtype
+        stored = checkpoint.tensors[self.source.tensors[0]].dtype
         for piece in self._pieces():
             if GGUF_SCHEMES.get(stored) == scheme and not self.source.transpose:
                 values = self._blocks(checkpoint, piece)
@@ -113,7 +117,7 @@ class _Slice:
                 values = quantize(self._floats(checkpoint, piece).to(device), scheme)
             if not all(plane.isfinite().all() for plane in values.planes[1:]):
                 raise CheckpointError(
-                    f"tensor {self.source.tensor} holds values beyond the reach of {scheme.name}, "
+                    f"tensor {piece.tensor} holds values beyond the reach of {scheme.name}, "
                     "whose scales are float16: use --quantization none"
                 )
             down, across = piece.target
@@ -128,20 +132,25 @@ class _Slice:
         return pieces(self.parameter, self.owned, self.source)
 
     def _floats(self, checkpoint: Checkpoint, piece: Piece) -> torch.Tensor:
-        values = checkpoint.read(self.source.tensor, piece.window)
+        if self.source.scales:
+            values = _widened_mxfp4(checkpoint, piece, self.source.scales)
+        else:
+            values = _read(checkpoint, piece.tensor, piece.window, piece.entry)
         if self.source.transpose and values.ndim == 2:
             values = values.T
-        return self._in_order(values)
+        values = self._in_order(values[:: piece.every])
+        return values + self.source.add if self.source.add else values
 
     def _blocks(self, checkpoint: Checkpoint, piece: Piece) -> QuantizedTensor:
         """The window in the tensor's own blocks, whose borders may lie wider than `BLOCK`."""
-        info = checkpoint.tensors[self.source.tensor]
+        info = _matrix(checkpoint.tensors[piece.tensor], piece.entry)
         width, _ = BLOCKS[info.dtype]
         rows, inputs = piece.window
         first = inputs.start // width * width
         whole = Range(first, -(-inputs.stop // width) * width)
         values = lower(checkpoint.read_blocks(info, (rows,), whole), info.dtype)
-        return values.columns(inputs.start - first, inputs.stop - first).permuted(self._in_order)
+        taken = values.columns(inputs.start - first, inputs.stop - first)
+        return taken.permuted(lambda plane: self._in_order(plane[:: piece.every]))
 
     def _in_order(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [heads, head_dim / 2, 2] -> [heads, 2, head_dim / 2], see `Source.rope_rows`."""
@@ -149,6 +158,45 @@ class _Slice:
             return rows
         paired = rows.reshape(-1, self.source.rope_rows // 2, 2, *rows.shape[1:])
         return paired.transpose(1, 2).reshape(rows.shape)
+
+
+def _matrix(info: TensorInfo, entry: int | None) -> TensorInfo:
+    """A tensor, or its `entry` along the first axis, with all axes behind the rows as one."""
+    if entry is not None:
+        nbytes = info.nbytes // info.shape[0]
+        offset = info.offset + entry * nbytes
+        info = replace(info, shape=info.shape[1:], offset=offset, nbytes=nbytes)
+    if len(info.shape) > 2:
+        info = replace(info, shape=(info.shape[0], math.prod(info.shape[1:])))
+    return info
+
+
+def _read(
+    checkpoint: Checkpoint, name: str, window: tuple[Range, ...], entry: int | None
+) -> torch.Tensor:
+    """`Checkpoint.read`, of what `_matrix` says."""
+    if entry is None and len(checkpoint.tensors[name].shape) < 3:
+        return checkpoint.read(name, window)
+    info = _matrix(checkpoint.tensors[name], entry)
+    columns = window[-1]
+    block, _ = BLOCKS[info.dtype]
+    first = columns.start // block * block
+    whole = Range(first, -(-columns.stop // block) * block)
+    values = decode(checkpoint.read_blocks(info, window[:-1], whole), info.dtype)
+    values = values[:, columns.start - first : columns.stop - first]
+    return values if len(window) == 2 else values[0]
+
+
+def _widened_mxfp4(checkpoint: Checkpoint, piece: Piece, scales: str) -> torch.Tensor:
+    """float32; see `Source.scales`."""
+    rows, inputs = piece.window
+    first, last = inputs.start // MXFP4_BLOCK, -(-inputs.stop // MXFP4_BLOCK)
+    codes, exponents = (
+        _read(checkpoint, name, (rows, Range(first * each, last * each)), piece.entry)
+        for name, each in ((piece.tensor, MXFP4_BLOCK // 2), (scales, 1))
+    )
+    start = inputs.start - first * MXFP4_BLOCK
+    return mxfp4.widen(codes, exponents)[:, start : start + len(inputs)]
 
 
 def _convert(values: torch.Tensor, dtype: torch.dtype, tensor: str) -> torch.Tensor:

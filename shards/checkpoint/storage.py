@@ -13,7 +13,7 @@ def choose_storage(source: ModelSource, layout: Layout, quantization: Quantizati
     A transposed tensor is never kept as it is: its blocks lie along the outputs.
     """
     stored = {
-        name: source.checkpoint.tensors[where.tensor].dtype
+        name: source.checkpoint.tensors[where.tensors[0]].dtype
         for name, where in source.sources.items()
         if not where.transpose
     }

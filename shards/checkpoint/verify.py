@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from shards.checkpoint.checkpoint import BLOCKS, Checkpoint
 from shards.errors import CheckpointError, UnsupportedModel
-from shards.models.family import Source
+from shards.models.family import MXFP4_BLOCK, Source
 from shards.models.parameters import Parameter, parameters
 from shards.models.spec import ModelSpec
 
@@ -22,10 +22,12 @@ def resolve(
     held = set(tensors)
 
     def named(source: Source) -> Source:
-        bare = source.tensor.removeprefix(prefix)
-        if source.tensor not in held and bare in held:
-            return replace(source, tensor=bare)
-        return source
+        bare = replace(
+            source,
+            tensor=source.tensor.removeprefix(prefix),
+            scales=source.scales.removeprefix(prefix),
+        )
+        return bare if source.tensors[0] not in held and bare.tensors[0] in held else source
 
     return {parameter: named(source) for parameter, source in sources.items()}
 
@@ -65,7 +67,12 @@ def verify(
         raise CheckpointError(
             f"the checkpoint does not hold the tensors of its config: {'; '.join(faults)}"
         )
-    unreadable = [name for name in needed if tensors[name].dtype not in BLOCKS]
+    blocks = {name for s in sources.values() if s.scales for name in (s.tensor, s.scales)}
+    unreadable = [
+        name
+        for name in needed
+        if tensors[name].dtype not in BLOCKS or (tensors[name].dtype == "U8") != (name in blocks)
+    ]
     if unreadable:
         raise UnsupportedModel(
             f"tensor {unreadable[0]} is {tensors[unreadable[0]].dtype} ({len(unreadable)} such "
@@ -77,19 +84,30 @@ def _needed_shapes(spec: ModelSpec, sources: Mapping[str, Source]) -> dict[str, 
     """The shape that the config gives each tensor; a fused one reaches to its last part's end."""
     needed: dict[str, tuple[int, ...]] = {}
     for parameter in parameters(spec):
-        source = sources[parameter.name]
-        shape = _needed_shape(parameter, source)
-        before = needed.get(source.tensor, shape)
-        needed[source.tensor] = tuple(max(pair) for pair in zip(before, shape, strict=True))
+        for tensor, shape in _shapes(parameter, sources[parameter.name]):
+            before = needed.get(tensor, shape)
+            needed[tensor] = tuple(max(pair) for pair in zip(before, shape, strict=True))
     return needed
 
 
-def _needed_shape(parameter: Parameter, source: Source) -> tuple[int, ...]:
-    last = parameter.shape[0] - 1
+def _shapes(parameter: Parameter, source: Source) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What the parameter needs of each tensor that it lies in."""
+    last = parameter.shape[0] // (source.parts or 1) - 1
     if source.block:
         last = last // source.block * source.stride + last % source.block
     shape = (source.offset + last + 1, *parameter.shape[1:])
-    return shape[::-1] if source.transpose else shape
+    if source.transpose:
+        shape = shape[::-1]
+    if source.stacked and parameter.expert is not None:
+        shape = (parameter.expert + 1, *shape)
+    elif source.parts and len(source.tensors) == 1:
+        shape = (source.parts, *shape)
+    if source.scales:
+        *rows, inputs = shape
+        yield source.scales, (*rows, inputs // MXFP4_BLOCK)
+        shape = (*rows, inputs // MXFP4_BLOCK, MXFP4_BLOCK // 2)
+    for tensor in source.tensors:
+        yield tensor, shape
 
 
 def _listing(kind: str, names: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ from shards.cost.precision import Precision, held
 from shards.footprint import communication
 from shards.layout import Layout
 from shards.models.parameters import Cut, Parameter, parameters
-from shards.models.spec import Attention, ModelSpec
+from shards.models.spec import ModelSpec
 
 Call = Literal["embedding", "qkv", "attention", "out", "gate_up", "down", "output", "sample"]
 
@@ -175,7 +175,7 @@ class Workload:
         )
 
     def _attention(self, layer: int, rank: int, chunks: Sequence[Chunk]) -> Work:
-        attention: Attention = self._spec.layers[layer].attention
+        attention = self._spec.layers[layer].attention
         split = self._layout.layers[layer]
         heads = len(split.heads[rank]) * attention.head_dim
         kv_heads = len(split.kv_heads[rank]) * attention.head_dim

@@ -6,24 +6,35 @@ from typing import Generic
 
 import torch
 
-from shards.kernels.base import M, Sentences
+from shards.kernels.base import Gating, M, Norm, Part, Sentences
 from shards.layers.weights import Weights
 from shards.models import spec
 
 
 class FeedForward(Generic[M]):
-    """x += down(act(up(norm(x)))), with a gate where the spec has one (arXiv:2002.05202)."""
+    """down(act(up(norm(x)))), with a gate where the spec has one (arXiv:2002.05202). `token_gate`
+    names a linear layer to one number, whose sigmoid weighs each token's answer."""
 
     def __init__(
-        self, ffn: spec.FeedForward, norm: spec.Norm, weights: Weights[M], name: str
+        self,
+        ffn: spec.FeedForward,
+        norm: Norm | None,
+        weights: Weights[M],
+        name: str,
+        token_gate: str | None = None,
     ) -> None:
-        self.activation = ffn.activation
-        self.gated = ffn.gated
-        self.norm = weights.norm(f"{name}_norm", norm)
+        self.norm = norm
+        self.gating = gating_of(ffn)
+        self.token_gate = None if token_gate is None else weights.matrix(token_gate)
         parts = ("gate", "up") if ffn.gated else ("up",)
         self.up = weights.linear(*(f"{name}.{part}" for part in parts), bias=ffn.bias)
         self.down = weights.linear(f"{name}.down", bias=ffn.bias)
 
-    def __call__(self, step: Sentences[M], x_TD: torch.Tensor) -> torch.Tensor:
-        h_TF = step.expand(x_TD, self.norm, self.up, self.activation, self.gated)
-        return step.merge(x_TD, h_TF, self.down, "ffn")
+    def parts(self, step: Sentences[M], x_TD: torch.Tensor) -> tuple[Part[M], ...]:
+        """This rank's share of what is added to x."""
+        h_TF = step.expand(x_TD, self.norm, self.up, self.gating, self.token_gate)
+        return (Part(h_TF, self.down),)
+
+
+def gating_of(ffn: spec.FeedForward) -> Gating:
+    return Gating(ffn.activation, ffn.gated, ffn.clamp)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Generic
 
 import torch
@@ -23,7 +23,12 @@ class Weights(Generic[M]):
         """The weights of these parameters, side by side along their outputs."""
         return self.kernels.pack([self._take(f"{name}.weight") for name in names])
 
-    def linear(self, *names: str, bias: bool) -> Linear[M]:
+    def experts(self, names: Sequence[Sequence[str]]) -> M:
+        """For each expert, what `matrix` gives of its names; packed together."""
+        taken = [[self._take(f"{name}.weight") for name in own] for own in names]
+        return self.kernels.pack_experts(taken)
+
+    def linear(self, *names: str, bias: bool = False) -> Linear[M]:
         """Those of linear layers that share their input, and their biases."""
         matrix = self.matrix(*names)
         if not bias:
@@ -37,6 +42,22 @@ class Weights(Generic[M]):
     def vector(self, *names: str) -> torch.Tensor:
         """Parameters that are added or multiplied, joined."""
         return self.kernels.vector(torch.cat([self._floats(name) for name in names]))
+
+    def stacked(self, names: Sequence[Sequence[str]]) -> torch.Tensor | None:
+        """For each expert, what `vector` gives of its names, [experts, ..]; None where this rank
+        has nothing of them."""
+        if not any(name in self._loaded for own in names for name in own):
+            return None
+        joined = [torch.cat([self._floats(name) for name in own]) for own in names]
+        return self.kernels.vector(torch.stack(joined))
+
+    def constant(self, values: Sequence[float]) -> torch.Tensor:
+        """Numbers that no checkpoint has, as `vector` gives those of one."""
+        return self.kernels.vector(torch.tensor(values, dtype=torch.float64))
+
+    def counters(self, count: int) -> torch.Tensor:
+        """int64 zeros where the set keeps its operands."""
+        return torch.zeros(count, dtype=torch.int64, device=self.constant([]).device)
 
     def close(self) -> None:
         """Raises `CheckpointError` if a parameter is left that nothing asked for."""

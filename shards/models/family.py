@@ -12,17 +12,28 @@ from typing import Any
 
 from shards.models.spec import ModelSpec
 
+MXFP4_BLOCK = 32
+"""Elements along the inputs that share an exponent in MXFP4."""
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a parameter lies in a checkpoint tensor.
+    """Where a parameter lies in a checkpoint, and what is done to it on the way.
 
     The parameter's row r (axis 0, after undoing `transpose`) is the tensor's row
     `offset + (r // block) * stride + r % block`; block 0 means one contiguous run. So a fused
-    [q; k; v] is an offset, and a per-head interleaved [heads, 3, head_dim] is block=head_dim,
-    stride=3*head_dim.
+    [q; k; v] is an offset, a per-head interleaved [heads, 3, head_dim] is block=head_dim,
+    stride=3*head_dim, and rows of gate and up in turn are block=1, stride=2.
+    `stacked`: the tensor has one more axis in front, with an entry for each expert; all else is
+    said of the entry of the parameter's own expert.
+    `parts`: where non-zero, the parameter's rows are so many equal parts one after another, and all
+    else is said of a part. Part p is the tensor whose name has p in place of `{part}`, or, where
+    the name has no such place, entry p along the tensor's first axis.
+    `scales`: where there is one, `tensor` holds MXFP4 blocks, uint8 [.., rows, inputs / 32, 16],
+    and `scales` names their exponents, uint8 [.., rows, inputs / 32]; both become floats.
     `rope_rows`: GGUF stores Llama's q and k rows pairwise within each head; where non-zero, it is
     the head_dim over which [head_dim/2, 2] is turned back into [2, head_dim/2].
+    `add` is added to every element: norms whose weight is stored less 1.
     """
 
     tensor: str
@@ -31,6 +42,17 @@ class Source:
     block: int = 0
     stride: int = 0
     rope_rows: int = 0
+    stacked: bool = False
+    parts: int = 0
+    scales: str = ""
+    add: float = 0.0
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of the tensors that hold it, without `scales`."""
+        if "{part}" not in self.tensor:
+            return (self.tensor,)
+        return tuple(self.tensor.replace("{part}", str(part)) for part in range(self.parts))
 
 
 @dataclass(frozen=True, slots=True)

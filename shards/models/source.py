@@ -15,6 +15,7 @@ from shards.checkpoint.verify import resolve, verify
 from shards.errors import CheckpointError, UnsupportedModel
 from shards.models.families.rope import llama3_scaling_of
 from shards.models.family import Family, GGUFNames, Source
+from shards.models.mask import masked
 from shards.models.registry import family_of_config, family_of_gguf
 from shards.models.spec import ModelSpec
 
@@ -68,7 +69,7 @@ def load_spec(model: str, revision: str | None = None) -> ModelSpec:
     if located.kind == "gguf":
         return _gguf_spec(located.path)[2]
     config = _config(located.path)
-    return family_of_config(config).spec(config)
+    return masked(family_of_config(config).spec(config), config)
 
 
 def _open_folder(name: str, folder: Path) -> ModelSource:
@@ -77,7 +78,7 @@ def _open_folder(name: str, folder: Path) -> ModelSource:
     checkpoint = open_safetensors(folder)
     if config.get("dtype") is None and config.get("torch_dtype") is None:
         config["dtype"] = _main_dtype(checkpoint.tensors)
-    spec = family.spec(config)
+    spec = masked(family.spec(config), config)
     sources = _checked(checkpoint, family, spec, family.sources(spec))
     has_tokenizer = any((folder / file).is_file() for file in _TOKENIZERS)
     return ModelSource(
@@ -172,7 +173,15 @@ def _gguf_spec(path: Path) -> tuple[GGUFFile, Family, ModelSpec, GGUFNames]:
     family, names = family_of_gguf(architecture)
     config = names.config(file.metadata) | _stated_by_tensors(file)
     if "rope_freqs.weight" in file.checkpoint.tensors:
-        config["rope_scaling"] = _rope_scaling(file, config)
+        divisors = _vector(file, "rope_freqs.weight")
+        config["rope_scaling"] = llama3_scaling_of(divisors, config.get("rope_theta", 10_000.0))
+    elif "rope_factors_long.weight" in file.checkpoint.tensors:
+        config["rope_scaling"] = {
+            "rope_type": "longrope",
+            "short_factor": _vector(file, "rope_factors_short.weight"),
+            "long_factor": _vector(file, "rope_factors_long.weight"),
+            "attention_factor": file.metadata.get(f"{architecture}.rope.scaling.attn_factor"),
+        }
     return file, family, family.spec(config), names
 
 
@@ -186,23 +195,26 @@ def _stated_by_tensors(file: GGUFFile) -> dict[str, Any]:
     return {
         "vocab_size": tensors[_GGUF_EMBEDDING].shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_output.bias" in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
         "mlp_bias": "blk.0.ffn_down.bias" in tensors,
         "dtype": _main_dtype(tensors),
     }
 
 
-def _rope_scaling(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:
-    info = file.checkpoint.tensors["rope_freqs.weight"]
+def _vector(file: GGUFFile, name: str) -> Sequence[float]:
+    """A tensor that says something about the model: the divisors of its rotary frequencies."""
+    info = file.checkpoint.tensors.get(name)
+    if info is None:
+        raise CheckpointError(f"the GGUF file holds no tensor {name}: convert the model again")
     if info.dtype != "F32" or len(info.shape) != 1:
         raise UnsupportedModel(
-            f"tensor rope_freqs.weight is {info.dtype} {list(info.shape)}: a vector of F32 is known"
+            f"tensor {name} is {info.dtype} {list(info.shape)}: a vector of F32 is known"
         )
     try:
-        divisors = file.checkpoint.floats("rope_freqs.weight")
+        return file.checkpoint.floats(name)
     finally:
         file.checkpoint.close()
-    return llama3_scaling_of(divisors, config.get("rope_theta", 10_000.0))
 
 
 def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:

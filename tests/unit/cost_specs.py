@@ -16,7 +16,14 @@ def llama(
     window: int | None = None,
     tied: bool = False,
 ) -> ModelSpec:
-    attention = Attention(heads, kv_heads, width // heads, scale=0.125, window=window)
+    attention = Attention(
+        heads,
+        kv_heads,
+        width // heads,
+        scale=0.125,
+        window=window,
+        rotary=Rotary(1e4, width // heads),
+    )
     return ModelSpec(
         architecture="LlamaForCausalLM",
         width=width,
@@ -24,7 +31,6 @@ def llama(
         context=8192,
         layers=(Layer(attention, FeedForward(channels, "silu", gated=True)),) * layers,
         norm=Norm("rms", 1e-5),
-        rotary=Rotary(1e4, width // heads),
         tied_embeddings=tied,
         dtype="bfloat16",
     )

@@ -50,7 +50,15 @@ def llama(
 ) -> ModelSpec:
     """Two layers; the second attends through `window`."""
     attention = (
-        Attention(heads, kv_heads, head_dim, head_dim**-0.5, qkv_bias=True, window=at)
+        Attention(
+            heads,
+            kv_heads,
+            head_dim,
+            head_dim**-0.5,
+            qkv_bias=True,
+            window=at,
+            rotary=Rotary(10000.0, head_dim),
+        )
         for at in (None, window)
     )
     ffn = FeedForward(40, "silu", gated=True)
@@ -61,7 +69,6 @@ def llama(
         context=BLOCK * WIDTH,
         layers=tuple(Layer(a, ffn) for a in attention),
         norm=Norm("rms", 1e-5),
-        rotary=Rotary(10000.0, head_dim),
     )
 
 

@@ -193,5 +193,6 @@ def test_bundled_model(bundled_model: Path) -> None:
     )
     assert (source.spec.width, source.spec.vocabulary, len(source.spec.layers)) == (576, 49152, 30)
     assert source.spec.tied_embeddings
-    assert source.spec.rotary is not None
-    assert source.spec.rotary.theta == 100_000
+    rotary = source.spec.layers[0].attention.rotary
+    assert rotary is not None
+    assert rotary.theta == 100_000

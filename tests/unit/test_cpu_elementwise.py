@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from kernel_launch import launch
 
-from shards.kernels.base import Activation, Norm
-from shards.kernels.cpu.activations import activate, activate_gated
+from shards.kernels.base import Gating, Norm
+from shards.kernels.cpu.activations import activate
 from shards.kernels.cpu.kernel import Header, Instruction
 from shards.kernels.cpu.norms import norm
 from shards.kernels.cpu.paged_cache import allocate_cache
 from shards.kernels.cpu.reductions import sum_exponentials, top_k
 from shards.kernels.cpu.rotary import angles, rotate_and_cache
 from shards.kernels.cpu.rows import add, add_positions, gather_rows
+from shards.models.spec import Activation
 
 Program = tuple[Instruction, ...]
 threads_1_3 = pytest.mark.parametrize("threads", [1, 3])
@@ -93,7 +94,7 @@ class TestActivations:
     def test_gated(self, name: Activation, width: int, threads: int) -> None:
         x = 4 * random(7, 2 * width)
         y = torch.full((8, width), math.nan)
-        launch(activate_gated(name, x, y), threads, rows=7)
+        launch(activate(Gating(name, gated=True), x, y), threads, rows=7)
         gate, up = x.double().chunk(2, dim=1)
         torch.testing.assert_close(
             y[:7].double(), ACTIVATIONS[name](gate) * up, rtol=1e-6, atol=1e-5
@@ -105,12 +106,12 @@ class TestActivations:
         """Over the whole range, to float32's own error."""
         x = torch.linspace(-30, 30, 7 * 77).view(7, 77)
         expected = ACTIVATIONS[name](x.double())
-        launch(activate(name, x), threads, rows=7)
+        launch(activate(Gating(name, gated=False), x, x), threads, rows=7)
         torch.testing.assert_close(x.double(), expected, rtol=1e-6, atol=1e-6)
 
     def test_at_the_ends(self, name: Activation) -> None:
         x = torch.tensor([[1e30, 3e38, math.inf, 0.0, -0.0, -100.0, -1e30, math.nan]])
-        launch(activate(name, x), rows=1)
+        launch(activate(Gating(name, gated=False), x, x), rows=1)
         assert x[0, :3].tolist() == [float(torch.tensor(1e30)), float(torch.tensor(3e38)), math.inf]
         assert (x[0, 3:7] == 0).all()
         assert x[0, 7].isnan()
@@ -118,7 +119,7 @@ class TestActivations:
 
 def test_gate_and_up_must_fit_the_channels() -> None:
     with pytest.raises(ValueError, match="gate and up of 8 channels in rows of 24"):
-        activate_gated("silu", torch.zeros(1, 24), torch.zeros(1, 8))
+        activate(Gating("silu", gated=True), torch.zeros(1, 24), torch.zeros(1, 8))
 
 
 POSITIONS = torch.tensor([0, 1, 17, 4095, 131_071, 1_000_000, 33])

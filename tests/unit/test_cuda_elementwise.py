@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shards.kernels.base import Activation, Norm
+from shards.kernels.base import Norm
 from shards.kernels.cuda.elementwise import FusedElementwise, TorchElementwise, elementwise
+from shards.models.spec import Activation
 from tests.unit.cuda_ranks import CPU, install
 
 

@@ -17,12 +17,14 @@ import torch
 from shards.batch import Batch
 from shards.collectives.local import Local
 from shards.kernels.base import (
-    Activation,
     Embedding,
+    Gating,
+    Head,
     KernelSet,
     Limits,
     Linear,
     Norm,
+    Part,
     Pattern,
     PositionTable,
     Rotation,
@@ -33,6 +35,7 @@ from shards.kernels.cpu import CpuKernels
 from shards.kernels.cuda import CudaKernels
 from shards.kernels.reference import ReferenceKernels
 from shards.kv_cache import LayerCache
+from shards.models.spec import Activation
 from shards.quantization.quantize import quantize
 from shards.quantization.scheme import INT4, INT4_MINIMUM, INT6, INT8, Scheme
 from shards.timing import PhaseTimer
@@ -117,16 +120,21 @@ class Decoder:
         self.up = self._linear(model.width, *parts)
         self.down = self._linear(model.channels, model.width)
 
+    @property
+    def patterns(self) -> Sequence[Pattern]:
+        return (self.pattern,)
+
     def hidden(self, step: Sentences[Any], caches: Sequence[LayerCache]) -> torch.Tensor:
         model, (cache,) = self._model, caches
         x = step.embed(self.embedding, self.positions)
-        q = step.project(x, self.norms[0], self.qkv, self.pattern, self.rotation, cache)
-        x = step.merge(x, step.attend(q, self.pattern, cache), self.out, "attention")
-        h = step.expand(x, self.norms[1], self.up, model.activation, model.gated)
-        return step.merge(x, h, self.down, "ffn")
+        q = step.project(x, self.norms[0], self.qkv, self.pattern, None, self.rotation, cache)
+        attended = Part(step.attend(q, self.pattern, cache), self.out)
+        x = step.merge(x, [attended], "attention")
+        h = step.expand(x, self.norms[1], self.up, Gating(model.activation, model.gated))
+        return step.merge(x, [Part(h, self.down)], "ffn")
 
     def logits(self, step: Sentences[Any], x_SD: torch.Tensor) -> torch.Tensor:
-        return step.logits(x_SD, self.norms[2], self.embedding.matrix)
+        return step.logits(x_SD, Head(self.norms[2], Linear(self.embedding.matrix)))
 
     def _draw(self, *shape: int) -> torch.Tensor:
         drawn = torch.randn(shape, generator=self._random, dtype=torch.float64)

@@ -31,7 +31,7 @@ Run = Callable[..., "Result"]
 
 def llama(heads: int, kv_heads: int, *, layers: int = 2, tied: bool = True) -> ModelSpec:
     layer = Layer(
-        Attention(heads, kv_heads, head_dim=64, scale=0.125),
+        Attention(heads, kv_heads, head_dim=64, scale=0.125, rotary=Rotary(1e5, 64)),
         FeedForward(1536, "silu", gated=True),
     )
     return ModelSpec(
@@ -41,7 +41,6 @@ def llama(heads: int, kv_heads: int, *, layers: int = 2, tied: bool = True) -> M
         context=2048,
         layers=(layer,) * layers,
         norm=Norm("rms", 1e-5),
-        rotary=Rotary(1e5, 64),
         tied_embeddings=tied,
         dtype="bfloat16",
     )
@@ -210,7 +209,7 @@ def test_dtype_and_context(run: Run) -> None:
 
     half, full = planned("--device", "cuda"), planned("--dtype", "float32", "--context", "1024")
     assert (half.dtype, half.context, full.context) == ("float16", 2048, 1024)
-    assert planned().dtype == "float32"
+    assert planned().dtype == "float16"
     assert full.ranks[0].weight_bytes == 2 * half.ranks[0].weight_bytes
     assert full.sequences == (full.tokens or 0) // 1024
 

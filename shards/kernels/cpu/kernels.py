@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from shards import kv_cache
 from shards.batch import Batch, Int64
 from shards.collectives.base import Collective
 from shards.kernels.base import Decodes, Limits, Weight
@@ -37,11 +38,25 @@ class CpuKernels:
     def pack(self, weights: Sequence[Weight]) -> CpuMatrix:
         return matrix.pack(weights, self._arena.allocate)
 
+    def pack_experts(self, experts: Sequence[Sequence[Weight]]) -> CpuMatrix:
+        return matrix.pack_experts(experts, self._arena.allocate)
+
     def vector(self, value: torch.Tensor) -> torch.Tensor:
         return value.float().contiguous()
 
-    def allocate(self, blocks: int, kv_heads: int, block_size: int, head_dim: int) -> LayerCache:
-        return allocate_cache(blocks, kv_heads, block_size, head_dim, self._dtype)
+    def allocate(
+        self,
+        blocks: int,
+        kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        value_dim: int | None = None,
+    ) -> LayerCache:
+        if value_dim is None:
+            return allocate_cache(blocks, kv_heads, block_size, head_dim, self._dtype)
+        shape = (blocks, kv_heads, block_size, head_dim)
+        keys = kv_cache.zeros(shape, self._dtype, torch.device("cpu"))
+        return LayerCache.of_latents(keys, value_dim)
 
     def executor(
         self,
@@ -88,6 +103,7 @@ class ProgramExecutor:
         inputs.spans[:spans] = batch.spans_S4
         inputs.spans[:spans, 3] = np.arange(spans)
         inputs.tables[:spans] = batch.tables[batch.spans_S4[:, 3]]
+        inputs.batch = batch
         header = self._forward.header
         header[Header.ROWS] = rows
         header[Header.SPANS] = spans

@@ -24,10 +24,12 @@ Scratch = Callable[[int], torch.Tensor]
 class CpuMatrix:
     """Weights [outputs, inputs]: parts side by side along the outputs.
 
-    More than one where a checkpoint quantises some of the matrices that a layer fuses.
+    More than one where a checkpoint quantises some of the matrices that a layer fuses, and where
+    they are those of several experts, one after another.
     """
 
     parts: tuple[PackedFloat | PackedQuantized, ...]
+    experts: int = 1
 
     @property
     def outputs(self) -> int:
@@ -40,6 +42,11 @@ class CpuMatrix:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
+
+    def expert(self, e: int) -> CpuMatrix:
+        """One of several experts."""
+        each = len(self.parts) // self.experts
+        return CpuMatrix(self.parts[e * each : (e + 1) * each])
 
 
 def pack(weights: Sequence[Weight], allocate: Allocate) -> CpuMatrix:
@@ -54,6 +61,14 @@ def pack(weights: Sequence[Weight], allocate: Allocate) -> CpuMatrix:
             joined = floats[0] if len(floats) == 1 else torch.cat(floats)
             parts.append(linear_float.pack_float(joined, allocate))
     return CpuMatrix(tuple(parts))
+
+
+def pack_experts(experts: Sequence[Sequence[Weight]], allocate: Allocate) -> CpuMatrix:
+    """Each expert by itself; raises `ValueError` where they differ in how they are quantised."""
+    packed = [pack(own, allocate).parts for own in experts]
+    if len({len(parts) for parts in packed}) > 1:
+        raise ValueError("experts of one layer are quantised differently: convert the model again")
+    return CpuMatrix(tuple(part for parts in packed for part in parts), len(packed))
 
 
 def _kind(weight: Weight) -> torch.dtype | Scheme:

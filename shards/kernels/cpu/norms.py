@@ -1,4 +1,4 @@
-"""RMSNorm (arXiv:1910.07467) and LayerNorm (arXiv:1607.06450) of rows."""
+"""RMSNorm (arXiv:1910.07467) and LayerNorm (arXiv:1607.06450) of rows, or of the heads in them."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ class Operand(IntEnum):
     EPSILON = 7  # float32 [1]
     CENTRED = 8  # 1: LayerNorm, 0: RMSNorm
     ROWS = 9  # field of the header
+    HEADS = 10  # a number: so many norms of WIDTH channels lie side by side in a row
+    STEP = 11  # in bytes, from one head's weight and bias to the next one's; 0: they share them
 
 
 def norm(
@@ -49,6 +51,22 @@ def norm(
 
     Statistics are float32, of sums in a fixed order.
     """
+    return _instruction(norm, x, y, rows, heads=1)
+
+
+def norm_heads(norm: Norm, x: torch.Tensor, heads: int) -> tuple[Instruction, ...]:
+    """Each of the `heads` side by side in x[r] normed by itself, in place, for the step's rows.
+
+    x: float32 [max_rows, heads * head_dim]. The norm's weight and bias are [head_dim], or each
+    head's own, [heads * head_dim].
+    """
+    return _instruction(norm, x, x, Header.ROWS, heads)
+
+
+def _instruction(
+    norm: Norm, x: torch.Tensor, y: torch.Tensor, rows: Header, heads: int
+) -> tuple[Instruction, ...]:
+    width = x.shape[1] // heads
     weight = norm.weight.float().contiguous()
     bias = None if norm.bias is None else norm.bias.float().contiguous()
     epsilon = torch.tensor([norm.eps])
@@ -57,12 +75,14 @@ def norm(
         Operand.X_BYTES: 4 * x.stride(0),
         Operand.Y: y.data_ptr(),
         Operand.Y_BYTES: 4 * y.stride(0),
-        Operand.WIDTH: x.shape[1],
+        Operand.WIDTH: width,
         Operand.WEIGHT: weight.data_ptr(),
         Operand.BIAS: 0 if bias is None else bias.data_ptr(),
         Operand.EPSILON: epsilon.data_ptr(),
         Operand.CENTRED: int(norm.kind == "layer"),
         Operand.ROWS: rows,
+        Operand.HEADS: heads,
+        Operand.STEP: 0 if weight.numel() == width else 4 * width,
     }
     keeps = (x, y, weight, bias, epsilon)
     return (Instruction(_NORM, tuple(operands[name] for name in Operand), keeps),)
@@ -92,25 +112,33 @@ def _mean_square(x: Any, width: Any, mean: Any) -> Any:
     return total / np.float32(width)
 
 
-def _norm(operands: Any, step: Any, thread: Any, threads: Any) -> Any:
+@njit
+def _norm_one(operands: Any, x: Any, y: Any, weight: Any, bias: Any) -> None:
     width = operand(operands, Operand.WIDTH)
-    weight, bias = operand(operands, Operand.WEIGHT), operand(operands, Operand.BIAS)
     epsilon = load_f32(operand(operands, Operand.EPSILON))
     whole = width // LANES * LANES
+    mean = _mean(x, width) if operand(operands, Operand.CENTRED) else _ZERO
+    scale = _ONE / np.float32(math.sqrt(_mean_square(x, width, mean) + epsilon))
+    for i in range(0, whole, LANES):
+        scaled = (load(x + 4 * i) - splat(mean)) * splat(scale) * load(weight + 4 * i)
+        store(y + 4 * i, scaled + load(bias + 4 * i) if bias else scaled)
+    for i in range(whole, width):
+        at = 4 * i
+        value = (load_f32(x + at) - mean) * scale * load_f32(weight + at)
+        store_f32(y + at, value + load_f32(bias + at) if bias else value)
+
+
+def _norm(operands: Any, step: Any, thread: Any, threads: Any) -> Any:
+    heads, width = operand(operands, Operand.HEADS), operand(operands, Operand.WIDTH)
+    weight, bias = operand(operands, Operand.WEIGHT), operand(operands, Operand.BIAS)
     rows = operand(step, operand(operands, Operand.ROWS))
     first, stop = share(rows, 1, thread, threads)
     for row in range(first, stop):
         x = operand(operands, Operand.X) + row * operand(operands, Operand.X_BYTES)
         y = operand(operands, Operand.Y) + row * operand(operands, Operand.Y_BYTES)
-        mean = _mean(x, width) if operand(operands, Operand.CENTRED) else _ZERO
-        scale = _ONE / np.float32(math.sqrt(_mean_square(x, width, mean) + epsilon))
-        for i in range(0, whole, LANES):
-            scaled = (load(x + 4 * i) - splat(mean)) * splat(scale) * load(weight + 4 * i)
-            store(y + 4 * i, scaled + load(bias + 4 * i) if bias else scaled)
-        for i in range(whole, width):
-            at = 4 * i
-            value = (load_f32(x + at) - mean) * scale * load_f32(weight + at)
-            store_f32(y + at, value + load_f32(bias + at) if bias else value)
+        for head in range(heads):
+            at, skip = 4 * width * head, operand(operands, Operand.STEP) * head
+            _norm_one(operands, x + at, y + at, weight + skip, bias + skip if bias else 0)
     return 0
 
 

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 
+from shards.batch import Batch
 from shards.collectives.base import Collective
 from shards.collectives.shared_memory import SharedMemory
 from shards.kernels.base import (
-    Activation,
     Embedding,
+    Experts,
+    Gating,
+    Head,
+    HeadNorms,
+    Latent,
     Limits,
     Linear,
     Norm,
+    Part,
     Pattern,
     PositionTable,
     Rotation,
 )
-from shards.kernels.cpu import activations, matrix, norms, reduce, rotary, rows
+from shards.kernels.cpu import activations, fallbacks, matrix, norms, reduce, rotary, rows
 from shards.kernels.cpu.attention import AttentionScratch, attention
+from shards.kernels.cpu.experts import Pairs, add_weighed, each_expert, gather, routing
 from shards.kernels.cpu.kernel import Header, Instruction
+from shards.kernels.cpu.logits import shape_logits
 from shards.kernels.cpu.matrix import CpuMatrix
 from shards.kernels.cpu.program import Step
 from shards.kv_cache import LayerCache
@@ -39,6 +47,13 @@ class Inputs:
         self.spans = np.zeros((limits.rows, 4), np.int64)
         self.tables = np.zeros((limits.sequences, limits.blocks), np.int64)
         self.sampled = np.zeros(limits.sampled, np.int64)
+        self.batch: Batch | None = None
+
+    def current(self) -> Batch:
+        """The step that is being computed, for what does not read it from buffers."""
+        if self.batch is None:
+            raise RuntimeError("asked to compute before a step")
+        return self.batch
 
 
 class Recorder:
@@ -67,6 +82,7 @@ class Recorder:
         self._rooms: dict[int, torch.Tensor] = {}
         self._turns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._scratch: dict[int, AttentionScratch] = {}
+        self._routed: dict[tuple[int, int], Pairs] = {}
 
     def check(self, status: int) -> None:
         """Only a collective's instruction ever fails."""
@@ -80,25 +96,32 @@ class Recorder:
         tokens = torch.from_numpy(self._inputs.tokens)
         self._add("embed", matrix.embed(embedding.matrix, tokens, x_TD, embedding.first))
         self._all_reduce(x_TD)
+        if embedding.scale != 1.0:
+            self._add("embed", rows.scale(x_TD, embedding.scale))
         if positions is not None:
             at = torch.from_numpy(self._inputs.positions)
             self._add(
                 "embed",
                 rows.add_positions(x_TD, positions.weight, at, offset=positions.offset),
             )
+        if embedding.norm is not None:
+            self._add("embed", norms.norm(embedding.norm, x_TD, x_TD))
         return x_TD
 
     def project(
         self,
         x_TD: torch.Tensor,
-        norm: Norm,
+        norm: Norm | None,
         qkv: Linear[CpuMatrix],
         pattern: Pattern,
+        head_norms: HeadNorms | None,
         rotation: Rotation | None,
         cache: LayerCache,
     ) -> torch.Tensor:
         joined = self._buffer("qkv", qkv.matrix.outputs)
         self._linear("attention", qkv, self._normed("attention", x_TD, norm), joined)
+        if head_norms is not None:
+            self._norm_heads(joined, pattern, cache.keys.shape[3], head_norms)
         turn = None if rotation is None else self._turn(rotation)
         self._add(
             "attention",
@@ -116,6 +139,10 @@ class Recorder:
 
     def attend(self, q_TN: torch.Tensor, pattern: Pattern, cache: LayerCache) -> torch.Tensor:
         out = self._buffer("attended", q_TN.shape[1])
+        if pattern.mask != "causal":
+            call = fallbacks.attend(q_TN, out, pattern, cache, self._inputs.current)
+            self.steps.append(("attention", call))
+            return out
         self._add(
             "attention",
             attention(
@@ -125,54 +152,188 @@ class Recorder:
                 pattern,
                 torch.from_numpy(self._inputs.spans),
                 torch.from_numpy(self._inputs.tables),
-                self._attention_scratch(pattern, cache),
+                self._attention_scratch(cache),
+                softcap=pattern.softcap,
+                sinks=pattern.sinks,
+                slopes=pattern.slopes,
             ),
         )
+        return out
+
+    def attend_latent(
+        self,
+        x_TD: torch.Tensor,
+        norm: Norm | None,
+        latent: Latent[CpuMatrix],
+        pattern: Pattern,
+        rotation: Rotation,
+        cache: LayerCache,
+    ) -> torch.Tensor:
+        width = cache.keys.shape[3]
+        down = self._buffer("latents", latent.down.matrix.outputs)
+        self._linear("attention", latent.down, self._normed("attention", x_TD, norm), down)
+        queries = down[:, :-width]
+        if latent.query is not None:
+            through = self._normed("attention", queries, latent.query_norm)
+            queries = self._buffer("queries", latent.query.matrix.outputs)
+            self._linear("attention", latent.query, through, queries)
+        heads, value_dim, _ = latent.value_up.shape
+        out = self._buffer("attended", heads * value_dim)
+        call = fallbacks.attend_latent(
+            queries,
+            down[:, -width:],
+            out,
+            latent,
+            pattern,
+            rotation,
+            self._turn(rotation),
+            cache,
+            self._inputs.current,
+        )
+        self.steps.append(("attention", call))
         return out
 
     def expand(
         self,
         x_TD: torch.Tensor,
-        norm: Norm,
+        norm: Norm | None,
         up: Linear[CpuMatrix],
-        activation: Activation,
-        gated: bool,
+        gating: Gating,
+        token_gate: CpuMatrix | None = None,
     ) -> torch.Tensor:
+        normed_TD = self._normed("ffn", x_TD, norm)
+        token_gates = None
+        if token_gate is not None:
+            token_gates = self._buffer("token gates", 1)
+            self._linear("ffn", Linear(token_gate), normed_TD, token_gates)
         raw = self._buffer("expanded", up.matrix.outputs)
-        self._linear("ffn", up, self._normed("ffn", x_TD, norm), raw)
-        if not gated:
-            self._add("ffn", activations.activate(activation, raw))
-            return raw
-        h_TF = self._buffer("channels", up.matrix.outputs // 2)
-        self._add("ffn", activations.activate_gated(activation, raw, h_TF))
+        self._linear("ffn", up, normed_TD, raw)
+        h_TF = raw
+        if gating.gated:
+            h_TF = self._buffer("channels", up.matrix.outputs // 2)
+        self._add("ffn", activations.activate(gating, raw, h_TF, token_gates=token_gates))
         return h_TF
+
+    def mix(
+        self, x_TD: torch.Tensor, norm: Norm | None, experts: Experts[CpuMatrix]
+    ) -> torch.Tensor:
+        normed_TD = self._normed("ffn", x_TD, norm)
+        logits_TE = self._buffer("router", experts.router.outputs)
+        self._linear("ffn", Linear(experts.router, experts.router_bias), normed_TD, logits_TE)
+        pairs = self._pairs(experts)
+        self.steps.append(("ffn", routing(experts, logits_TE, pairs)))
+        mixed_TD = self._buffer("mixed", x_TD.shape[1])
+        self._add("ffn", rows.scale(mixed_TD, 0.0))
+        each = [self._expert(experts, e, pairs, normed_TD, mixed_TD) for e in range(experts.count)]
+        self._add("ffn", (each_expert(each, pairs, self._threads),))
+        return mixed_TD
 
     def merge(
         self,
         x_TD: torch.Tensor,
-        y_TN: torch.Tensor,
-        out: Linear[CpuMatrix],
+        parts: Sequence[Part[CpuMatrix]],
         phase: Literal["attention", "ffn"],
+        *,
+        post_norm: Norm | None = None,
+        scale: float = 1.0,
     ) -> torch.Tensor:
-        if self._collective.world == 1:
-            self._linear(phase, out, y_TN, x_TD, add=True)
+        plain = post_norm is None and scale == 1.0
+        if plain and self._collective.world == 1:
+            for part in parts:
+                if part.out is None:
+                    self._add(phase, rows.add(x_TD, part.values))
+                else:
+                    self._linear(phase, part.out, part.values, x_TD, add=True)
             return x_TD
-        partial_TD = self._buffer("partial", out.matrix.outputs)
-        self._linear(phase, Linear(out.matrix), y_TN, partial_TD)
-        self._all_reduce(partial_TD)
-        self._add(phase, rows.add(x_TD, partial_TD, bias=out.bias))
+        # What is normed or scaled has its biases by then: they are in one rank's share of the sum.
+        early = not plain and self._collective.rank == 0
+        share_TD = self._share(parts, phase, with_biases=early)
+        self._all_reduce(share_TD)
+        if post_norm is not None:
+            self._add(phase, norms.norm(post_norm, share_TD, share_TD))
+        biases = [p.out.bias for p in parts if p.out is not None and p.out.bias is not None]
+        bias = sum(biases[1:], biases[0]) if plain and biases else None
+        self._add(phase, rows.add(x_TD, share_TD, bias=bias, factor=scale))
         return x_TD
 
-    def logits(self, x_TD: torch.Tensor, norm: Norm, output: CpuMatrix) -> torch.Tensor:
-        width = x_TD.shape[1]
+    def logits(self, x_TD: torch.Tensor, head: Head[CpuMatrix]) -> torch.Tensor:
         limit = self._limits.sampled
-        rows_SD = self._buffer("sampled", width, limit)
-        logits_SV = self._buffer("logits", output.outputs, limit)
+        rows_SD = self._buffer("sampled", x_TD.shape[1], limit)
+        logits_SV = self._buffer("logits", head.linear.matrix.outputs, limit)
         at = torch.from_numpy(self._inputs.sampled)
         self._add("output", rows.gather_rows(x_TD, at, rows_SD))
-        self._add("output", norms.norm(norm, rows_SD, rows_SD, rows=Header.SAMPLED))
-        self._linear("output", Linear(output), rows_SD, logits_SV, counted=Header.SAMPLED)
+        self._add("output", norms.norm(head.norm, rows_SD, rows_SD, rows=Header.SAMPLED))
+        self._linear("output", head.linear, rows_SD, logits_SV, counted=Header.SAMPLED)
+        if head.scale != 1.0 or head.softcap is not None:
+            self._add("output", shape_logits(logits_SV, head.scale, head.softcap))
         return logits_SV
+
+    def _norm_heads(
+        self, joined: torch.Tensor, pattern: Pattern, head_dim: int, given: HeadNorms
+    ) -> None:
+        if given.joint is not None:
+            call = fallbacks.norm_joint_heads(joined, pattern, head_dim, given, self._collective)
+            self.steps.append(("attention", call))
+            return
+        middle = pattern.heads * head_dim
+        end = middle + pattern.kv_heads * head_dim
+        self._add("attention", norms.norm_heads(given.q, joined[:, :middle], pattern.heads))
+        self._add("attention", norms.norm_heads(given.k, joined[:, middle:end], pattern.kv_heads))
+
+    def _expert(
+        self,
+        experts: Experts[CpuMatrix],
+        e: int,
+        pairs: Pairs,
+        x_TD: torch.Tensor,
+        sums_TD: torch.Tensor,
+    ) -> list[Instruction]:
+        """What is done for the rows of one expert."""
+        up, down = experts.up.expert(e), experts.down.expert(e)
+        up_bias, down_bias = (
+            None if bias is None else bias[e] for bias in (experts.up_bias, experts.down_bias)
+        )
+        x = self._buffer("expert's tokens", x_TD.shape[1])
+        raw = h = self._buffer("expert's expanded", up.outputs)
+        if experts.gating.gated:
+            h = self._buffer("expert's channels", up.outputs // 2)
+        y = self._buffer("expert's answers", down.outputs)
+        return [
+            gather(pairs, e, x_TD, x),
+            *matrix.linear(up, x, raw, self._room, integers=self._integers, bias=up_bias),
+            *activations.activate(experts.gating, raw, h),
+            *matrix.linear(down, h, y, self._room, integers=self._integers, bias=down_bias),
+            add_weighed(pairs, e, y, sums_TD),
+        ]
+
+    def _share(
+        self, parts: Sequence[Part[CpuMatrix]], phase: Phase, *, with_biases: bool
+    ) -> torch.Tensor:
+        """This rank's share of the parts' sum."""
+        (first, *others) = sorted(parts, key=lambda part: part.out is None)
+        if first.out is None:
+            share_TD = first.values
+        else:
+            share_TD = self._buffer("partial", first.out.matrix.outputs)
+            self._out(phase, first, share_TD, with_biases, add=False)
+        for part in others:
+            self._out(phase, part, share_TD, with_biases, add=True)
+        return share_TD
+
+    def _out(
+        self,
+        phase: Phase,
+        part: Part[CpuMatrix],
+        share_TD: torch.Tensor,
+        with_biases: bool,
+        *,
+        add: bool,
+    ) -> None:
+        if part.out is None:
+            self._add(phase, rows.add(share_TD, part.values))
+        else:
+            linear = part.out if with_biases else Linear(part.out.matrix)
+            self._linear(phase, linear, part.values, share_TD, add=add)
 
     def _add(self, phase: Phase, instructions: Iterable[Instruction]) -> None:
         self.steps += [(phase, instruction) for instruction in instructions]
@@ -199,7 +360,9 @@ class Recorder:
         )
         self._add(phase, instructions)
 
-    def _normed(self, phase: Phase, x_TD: torch.Tensor, norm: Norm) -> torch.Tensor:
+    def _normed(self, phase: Phase, x_TD: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        if norm is None:
+            return x_TD
         normed_TD = self._buffer("normed", x_TD.shape[1])
         self._add(phase, norms.norm(norm, x_TD, normed_TD))
         return normed_TD
@@ -240,7 +403,13 @@ class Recorder:
             self._rooms[size] = torch.empty(size, dtype=torch.uint8)
         return self._rooms[size]
 
-    def _attention_scratch(self, pattern: Pattern, cache: LayerCache) -> AttentionScratch:
+    def _pairs(self, experts: Experts[CpuMatrix]) -> Pairs:
+        key = experts.count, self._limits.rows * experts.choice.top_k
+        if key not in self._routed:
+            self._routed[key] = Pairs(*key)
+        return self._routed[key]
+
+    def _attention_scratch(self, cache: LayerCache) -> AttentionScratch:
         head_dim = cache.keys.shape[3]
         if head_dim not in self._scratch:
             self._scratch[head_dim] = AttentionScratch(head_dim, self._threads)

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 import torch
 from numba import njit
 
 from shards.kernels.cpu.kernel import Header, Instruction, Kernel, operand, share
-from shards.kernels.cpu.simd import LANES, load, load_f32, load_i64, store, store_f32
+from shards.kernels.cpu.simd import (
+    LANES,
+    fma,
+    fma_scalar,
+    load,
+    load_f32,
+    load_i64,
+    splat,
+    store,
+    store_f32,
+)
+
+_ZERO: Final = np.float32(0)
+_ONE: Final = np.float32(1)
 
 
 class Operand(IntEnum):
-    """Of all three kernels; addresses, unless said otherwise."""
+    """Of all kernels here; addresses, unless said otherwise."""
 
     TARGET = 0  # float32 [rows, width]
     TARGET_BYTES = 1  # from row to row
@@ -23,14 +37,20 @@ class Operand(IntEnum):
     INDICES = 5  # int64 [rows]
     OFFSET = 6  # added to each index
     BIAS = 7  # float32 [width]; 0: none
+    FACTOR = 8  # float32 [1]: what the source, or the target of a scaling, is multiplied by
 
 
 def add(
-    x: torch.Tensor, y: torch.Tensor, *, bias: torch.Tensor | None = None
+    x: torch.Tensor, y: torch.Tensor, *, bias: torch.Tensor | None = None, factor: float = 1.0
 ) -> tuple[Instruction, ...]:
-    """x[r] += y[r] (+ bias) for the step's rows; float32 [max_rows, width]."""
+    """x[r] += factor * y[r] (+ bias) for the step's rows; float32 [max_rows, width]."""
     bias = None if bias is None else bias.float().contiguous()
-    return _instruction(_ADD, x, y, bias=bias)
+    return _instruction(_ADD, x, y, bias=bias, factor=factor)
+
+
+def scale(x: torch.Tensor, factor: float) -> tuple[Instruction, ...]:
+    """x[r] *= factor for the step's rows; float32 [max_rows, width]. A factor of 0 clears them."""
+    return _instruction(_SCALE, x, x, factor=factor)
 
 
 def add_positions(
@@ -56,7 +76,9 @@ def _instruction(
     indices: torch.Tensor | None = None,
     offset: int = 0,
     bias: torch.Tensor | None = None,
+    factor: float = 1.0,
 ) -> tuple[Instruction, ...]:
+    factors = torch.tensor([factor])
     if target.dtype != torch.float32 or source.dtype != torch.float32:
         raise ValueError(f"rows of {target.dtype} and {source.dtype}: both must be float32")
     operands = {
@@ -68,29 +90,31 @@ def _instruction(
         Operand.INDICES: 0 if indices is None else indices.data_ptr(),
         Operand.OFFSET: offset,
         Operand.BIAS: 0 if bias is None else bias.data_ptr(),
+        Operand.FACTOR: factors.data_ptr(),
     }
-    keeps = (target, source, indices, bias)
+    keeps = (target, source, indices, bias, factors)
     return (Instruction(kernel, tuple(operands[name] for name in Operand), keeps),)
 
 
 @njit
-def _add_row(x: Any, y: Any, width: Any) -> None:
+def _add_row(x: Any, y: Any, width: Any, factor: Any) -> None:
     whole = width // LANES * LANES
     for i in range(0, 4 * whole, 4 * LANES):
-        store(x + i, load(x + i) + load(y + i))
+        store(x + i, fma(splat(factor), load(y + i), load(x + i)))
     for i in range(4 * whole, 4 * width, 4):
-        store_f32(x + i, load_f32(x + i) + load_f32(y + i))
+        store_f32(x + i, fma_scalar(factor, load_f32(y + i), load_f32(x + i)))
 
 
 def _add(operands: Any, step: Any, thread: Any, threads: Any) -> Any:
     width, bias = operand(operands, Operand.WIDTH), operand(operands, Operand.BIAS)
+    factor = load_f32(operand(operands, Operand.FACTOR))
     first, stop = share(operand(step, Header.ROWS), 1, thread, threads)
     for row in range(first, stop):
         x = operand(operands, Operand.TARGET) + row * operand(operands, Operand.TARGET_BYTES)
         y = operand(operands, Operand.SOURCE) + row * operand(operands, Operand.SOURCE_BYTES)
-        _add_row(x, y, width)
+        _add_row(x, y, width, factor)
         if bias:
-            _add_row(x, bias, width)
+            _add_row(x, bias, width, _ONE)
     return 0
 
 
@@ -101,7 +125,18 @@ def _add_rows_at(operands: Any, step: Any, thread: Any, threads: Any) -> Any:
         at += operand(operands, Operand.OFFSET)
         x = operand(operands, Operand.TARGET) + row * operand(operands, Operand.TARGET_BYTES)
         y = operand(operands, Operand.SOURCE) + at * operand(operands, Operand.SOURCE_BYTES)
-        _add_row(x, y, operand(operands, Operand.WIDTH))
+        _add_row(x, y, operand(operands, Operand.WIDTH), _ONE)
+    return 0
+
+
+def _scale(operands: Any, step: Any, thread: Any, threads: Any) -> Any:
+    factor = load_f32(operand(operands, Operand.FACTOR))
+    first, stop = share(operand(step, Header.ROWS), 1, thread, threads)
+    for row in range(first, stop):
+        x = operand(operands, Operand.TARGET) + row * operand(operands, Operand.TARGET_BYTES)
+        for i in range(0, 4 * operand(operands, Operand.WIDTH), 4):
+            # Not a product where rows are cleared: what they held may be no number.
+            store_f32(x + i, load_f32(x + i) * factor if factor != _ZERO else _ZERO)
     return 0
 
 
@@ -116,4 +151,5 @@ def _gather(operands: Any, step: Any, thread: Any, threads: Any) -> Any:
     return 0
 
 
-_ADD, _ADD_ROWS_AT, _GATHER = Kernel(_add), Kernel(_add_rows_at), Kernel(_gather)
+_ADD, _ADD_ROWS_AT = Kernel(_add), Kernel(_add_rows_at)
+_SCALE, _GATHER = Kernel(_scale), Kernel(_gather)

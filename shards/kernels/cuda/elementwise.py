@@ -17,8 +17,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from shards.kernels.base import Activation, Norm
+from shards.kernels.base import Norm
 from shards.kernels.cuda.attention.flashinfer import LIBRARY
+from shards.models.spec import Activation
 
 _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,

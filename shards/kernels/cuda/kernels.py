@@ -15,6 +15,7 @@ from shards.kernels.cuda.device import check_device
 from shards.kernels.cuda.elementwise import elementwise
 from shards.kernels.cuda.epoch import Epoch
 from shards.kernels.cuda.executor import CudaExecutor
+from shards.kernels.cuda.experts import ExpertMatrices
 from shards.kernels.cuda.float8 import Float8Matrix
 from shards.kernels.cuda.graphs import CudaCapture
 from shards.kernels.cuda.int4 import Int4Matrix
@@ -60,14 +61,26 @@ class CudaKernels:
             return self._quantized(codes[0] if len(codes) == 1 else _joined(codes))
         return SideBySide(tuple(self.pack([weight]) for weight in weights))
 
+    def pack_experts(self, experts: Sequence[Sequence[Weight]]) -> ExpertMatrices:
+        return ExpertMatrices.of(experts, self._dtype, self._device)
+
     def vector(self, value: torch.Tensor) -> torch.Tensor:
         return value.to(self._device, self._dtype)
 
-    def allocate(self, blocks: int, kv_heads: int, block_size: int, head_dim: int) -> LayerCache:
+    def allocate(
+        self,
+        blocks: int,
+        kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        value_dim: int | None = None,
+    ) -> LayerCache:
         """One block more than asked for: the scratch block, where padding rows write."""
         shape = (blocks + 1, kv_heads, block_size, head_dim)
-        keys, values = (kv_cache.zeros(shape, self._dtype, self._device) for _ in range(2))
-        return LayerCache(keys, values)
+        keys = kv_cache.zeros(shape, self._dtype, self._device)
+        if value_dim is not None:
+            return LayerCache.of_latents(keys, value_dim)
+        return LayerCache(keys, kv_cache.zeros(shape, self._dtype, self._device))
 
     def executor(
         self,
@@ -87,6 +100,8 @@ class CudaKernels:
             blocks=limits.blocks,
             dtype=self._dtype,
             device=self._device,
+            plain=all(pattern.is_plain for pattern in decoder.patterns)
+            and not any(cache.is_latent for cache in caches),
         )
         epoch = Epoch(
             decoder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +11,15 @@ import torch
 from shards.batch import Batch
 from shards.collectives.base import Collective
 from shards.kernels.base import (
-    Activation,
     Embedding,
+    Experts,
+    Gating,
+    Head,
+    HeadNorms,
+    Latent,
     Linear,
     Norm,
+    Part,
     Pattern,
     Phase,
     PositionTable,
@@ -21,8 +27,11 @@ from shards.kernels.base import (
 )
 from shards.kernels.cuda.attention import StepAttention
 from shards.kernels.cuda.elementwise import Elementwise
+from shards.kernels.cuda.experts import mix
 from shards.kernels.cuda.matrix import CudaMatrix
 from shards.kernels.cuda.mirror import Mirror
+from shards.kernels.reference import latent as absorbed
+from shards.kernels.reference.elementwise import gate, norm_heads, rotate, shape_logits
 from shards.kv_cache import LayerCache
 from shards.timing import PhaseTimer
 
@@ -91,30 +100,33 @@ class CudaStep:
         self._timer.mark("embed")
         x_TD = self._collective.all_reduce(x_TD)
         self._timer.mark("all_reduce")
+        if embedding.scale != 1.0:
+            x_TD *= embedding.scale
         if positions is not None:
             x_TD += positions.weight[self._inputs.positions_T + positions.offset]
+        x_TD = self._normed(x_TD, embedding.norm)
         self._timer.mark("embed")
         return x_TD
 
     def project(
         self,
         x_TD: torch.Tensor,
-        norm: Norm,
+        norm: Norm | None,
         qkv: Linear[CudaMatrix],
         pattern: Pattern,
+        head_norms: HeadNorms | None,
         rotation: Rotation | None,
         cache: LayerCache,
     ) -> torch.Tensor:
-        joined = _linear(self._elementwise.norm(x_TD, norm), qkv)
+        joined = _linear(self._normed(x_TD, norm), qkv)
         head_dim = joined.shape[1] // (pattern.heads + 2 * pattern.kv_heads)
         q_TNH, k_TKH, v_TKH = joined.view(len(joined), -1, head_dim).split(  # type: ignore[no-untyped-call]
             (pattern.heads, pattern.kv_heads, pattern.kv_heads), 1
         )
+        if head_norms is not None:
+            q_TNH, k_TKH = norm_heads(q_TNH, k_TKH, head_norms, self._collective)
         if rotation is not None:
-            turns = self._turns.get(id(rotation))
-            if turns is None:
-                turns = self._angles.of(rotation, self._inputs.positions_T)
-                self._turns[id(rotation)] = turns
+            turns = self._turn(rotation)
             q_TNH, k_TKH = self._elementwise.rotate(q_TNH, k_TKH, turns, rotation.interleaved)
         cache.write(k_TKH, v_TKH, self._inputs.blocks_T, self._inputs.offsets_T)
         return q_TNH
@@ -122,30 +134,90 @@ class CudaStep:
     def attend(self, q_TNH: torch.Tensor, pattern: Pattern, cache: LayerCache) -> torch.Tensor:
         return self._attention.attend(q_TNH, pattern, cache).flatten(1)
 
+    def attend_latent(
+        self,
+        x_TD: torch.Tensor,
+        norm: Norm | None,
+        latent: Latent[CudaMatrix],
+        pattern: Pattern,
+        rotation: Rotation,
+        cache: LayerCache,
+    ) -> torch.Tensor:
+        width = cache.keys.shape[3]
+        down = _linear(self._normed(x_TD, norm), latent.down)
+        queries_TQ, latents_TC = down[:, :-width], down[:, -width:]
+        if latent.query is not None:
+            through = self._normed(queries_TQ.contiguous(), latent.query_norm)
+            queries_TQ = _linear(through, latent.query)
+        cos, sin = self._turn(rotation)[:, None].chunk(2, -1)
+        q_TNC, cached_T1C = absorbed.absorb(
+            queries_TQ,
+            latents_TC,
+            latent,
+            lambda x_TNR: rotate(x_TNR, cos, sin, rotation.interleaved),
+        )
+        cache.write_latents(cached_T1C, self._inputs.blocks_T, self._inputs.offsets_T)
+        return absorbed.unfold(self._attention.attend(q_TNC, pattern, cache), latent)
+
     def expand(
         self,
         x_TD: torch.Tensor,
-        norm: Norm,
+        norm: Norm | None,
         up: Linear[CudaMatrix],
-        activation: Activation,
-        gated: bool,
+        gating: Gating,
+        token_gate: CudaMatrix | None = None,
     ) -> torch.Tensor:
-        h = _linear(self._elementwise.norm(x_TD, norm), up)
-        return self._elementwise.activate(h, activation, gated)
+        normed_TD = self._normed(x_TD, norm)
+        h = _linear(normed_TD, up)
+        if gating.clamp is None:
+            h = self._elementwise.activate(h, gating.activation, gating.gated)
+        else:
+            h = gate(h, gating)
+        return h if token_gate is None else h * token_gate.apply(normed_TD).sigmoid()
+
+    def mix(
+        self, x_TD: torch.Tensor, norm: Norm | None, experts: Experts[CudaMatrix]
+    ) -> torch.Tensor:
+        normed_TD = self._normed(x_TD, norm)
+        logits_TE = _linear(normed_TD, Linear(experts.router, experts.router_bias))
+        return mix(normed_TD, logits_TE, experts)
 
     def merge(
-        self, x_TD: torch.Tensor, y_TN: torch.Tensor, out: Linear[CudaMatrix], phase: Phase
+        self,
+        x_TD: torch.Tensor,
+        parts: Sequence[Part[CudaMatrix]],
+        phase: Phase,
+        *,
+        post_norm: Norm | None = None,
+        scale: float = 1.0,
     ) -> torch.Tensor:
-        partial_TD = out.matrix.apply(y_TN).contiguous()
+        first, *others = (
+            part.values if part.out is None else part.out.matrix.apply(part.values)
+            for part in parts
+        )
+        partial_TD = sum(others, first).contiguous()
         self._timer.mark(phase)
         sum_TD = self._collective.all_reduce(partial_TD)
         self._timer.mark("all_reduce")
-        if out.bias is not None:
-            sum_TD += out.bias
-        return x_TD.add_(sum_TD)
+        for part in parts:
+            if part.out is not None and part.out.bias is not None:
+                sum_TD += part.out.bias
+        return x_TD.add_(self._normed(sum_TD, post_norm), alpha=scale)
 
-    def logits(self, x_SD: torch.Tensor, norm: Norm, output: CudaMatrix) -> torch.Tensor:
-        return output.apply(self._elementwise.norm(x_SD, norm)).float()
+    def logits(self, x_SD: torch.Tensor, head: Head[CudaMatrix]) -> torch.Tensor:
+        logits_SV = _linear(self._normed(x_SD, head.norm), head.linear).float()
+        return shape_logits(logits_SV, head.scale, head.softcap)
+
+    def _normed(self, x_TD: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        return x_TD if norm is None else self._elementwise.norm(x_TD, norm)
+
+    def _turn(self, rotation: Rotation) -> torch.Tensor:
+        """The step's angles, computed once for all layers: see `Angles.of`."""
+        turns = self._turns.get(id(rotation))
+        if turns is None:
+            turns = self._angles.of(rotation, self._inputs.positions_T)
+            self._turns[id(rotation)] = turns
+        return turns
 
 
 def _linear(x_TD: torch.Tensor, linear: Linear[CudaMatrix]) -> torch.Tensor:

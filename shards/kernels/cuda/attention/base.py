@@ -18,13 +18,15 @@ from shards.kv_cache import LayerCache
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """What an epoch's caches look like: the head_dim of every layer, tokens to a block, blocks to
-    the longest table, the dtype of queries, keys and values."""
+    the longest table, the dtype of queries, keys and values. `plain`: no layer asks for more than
+    `Pattern.is_plain`, and values have memory of their own."""
 
     head_dims: frozenset[int]
     block_size: int
     blocks: int
     dtype: torch.dtype
     device: torch.device
+    plain: bool = True
 
 
 class StepAttention(Protocol):

@@ -38,6 +38,8 @@ class FlashAttention:
         """Why it cannot serve these caches, if it cannot."""
         if geometry.dtype not in (torch.float16, torch.bfloat16):
             return f"it computes in 16 bits, not in {geometry.dtype}"
+        if not geometry.plain:
+            return "it is used for plain causal attention with a window alone"
         bad = [dim for dim in sorted(geometry.head_dims) if dim % 8 or dim > _MAX_HEAD_DIM]
         if bad:
             return f"head_dim {bad[0]} is no multiple of 8 up to {_MAX_HEAD_DIM}"

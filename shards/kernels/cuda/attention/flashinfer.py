@@ -45,6 +45,8 @@ class FlashInfer:
         """Why it cannot serve these caches, if it cannot."""
         if geometry.dtype not in (torch.float16, torch.bfloat16):
             return f"it computes in 16 bits, not in {geometry.dtype}"
+        if not geometry.plain:
+            return "it is used for plain causal attention with a window alone"
         others = sorted(geometry.head_dims - _HEAD_DIMS)
         if others:
             return f"head_dim {others[0]} is none of {', '.join(map(str, sorted(_HEAD_DIMS)))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from shards.batch import Batch
 from shards.kernels.base import Pattern
 from shards.kernels.cuda.attention.base import Geometry
 from shards.kernels.cuda.mirror import Mirror
-from shards.kernels.reference.attention import DecodeRows, PrefillRows, decode, prefill
+from shards.kernels.reference.attention import DecodeRows, SpanRows, decode
 from shards.kv_cache import LayerCache
 
 # A graph cannot know how long contexts will be, so it gathers whole tables. Up to so many tokens
@@ -68,37 +69,18 @@ class GatheredSpans:
     def __init__(self, geometry: Geometry) -> None:
         self._block_size = geometry.block_size
         self._mirror = Mirror(geometry.device, fixed=False)
-        self._decode: DecodeRows | None = None
-        self._prefills: tuple[PrefillRows, ...] = ()
+        self._rows: SpanRows | None = None
 
     def plan(self, batch: Batch) -> None:
-        spans_S4, tables = batch.spans_S4, batch.tables
-        single = spans_S4[:, 1] == 1
-        self._decode = None
-        if single.any():
-            rows = spans_S4[single]
-            width = -(-int(rows[:, 2].max()) // self._block_size)
-            self._decode = DecodeRows(
-                self._mirror.put("rows", rows[:, 0].copy()),
-                self._mirror.put("tables", tables[rows[:, 3], :width]),
-                self._mirror.put("contexts", rows[:, 2].copy()),
-            )
-        self._prefills = tuple(
-            PrefillRows(
-                first,
-                first + count,
-                self._mirror.put("table", tables[table, : -(-context // self._block_size)]),
-                context,
-            )
-            for first, count, context, table in spans_S4[~single].tolist()
+        self._rows = SpanRows.of(
+            batch.spans_S4,
+            batch.tables,
+            batch.prompts_S,
+            self._block_size,
+            partial(self._mirror.put, "numbers"),
         )
 
     def attend(self, q_TNH: torch.Tensor, pattern: Pattern, cache: LayerCache) -> torch.Tensor:
-        out_TNH = torch.empty_like(q_TNH)
-        if self._decode is not None:
-            rows = self._decode.rows_S
-            out_TNH[rows] = decode(q_TNH[rows], cache, self._decode, pattern)
-        for chunk in self._prefills:
-            span = slice(chunk.start, chunk.stop)
-            out_TNH[span] = prefill(q_TNH[span], cache, chunk, pattern)
-        return out_TNH
+        if self._rows is None:
+            raise RuntimeError("asked to attend before a plan")
+        return self._rows.attend(q_TNH, cache, pattern)
