@@ -21,7 +21,22 @@ _LLAMA_LIKE = {
     "num_key_value_heads": 3,
     "max_position_embeddings": 256,
 }
+_GEMMA_LIKE = _LLAMA_LIKE | {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 13}
 _GPT2_LIKE = {"n_inner": 101, "n_layer": 2, "n_head": 7, "n_positions": 256}
+_DEEPSEEK = {
+    "intermediate_size": 101,
+    "moe_intermediate_size": 37,
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 7,
+    "num_key_value_heads": 7,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 28,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 11,
+    "max_position_embeddings": 256,
+}
 _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", _LLAMA_LIKE),
     "qwen2": (
@@ -30,8 +45,131 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         _LLAMA_LIKE | {"num_attention_heads": 14, "num_key_value_heads": 2},
     ),
     "mistral": ("MistralConfig", "MistralForCausalLM", _LLAMA_LIKE | {"sliding_window": 13}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _LLAMA_LIKE | {"head_dim": 12}),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        _GEMMA_LIKE
+        | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 7.0}
+        | {"attn_implementation": "eager"},  # the others leave out the cap
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        _GEMMA_LIKE | {"sliding_window_pattern": 2},
+    ),
+    "gemma3_multimodal": (
+        "Gemma3Config",
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": _COMMON | _GEMMA_LIKE | {"hidden_size": 72, "sliding_window_pattern": 2},
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 8,
+                "intermediate_size": 9,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 16,
+                "patch_size": 8,
+            },
+        },
+    ),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", _LLAMA_LIKE),
+    "glm": ("GlmConfig", "GlmForCausalLM", _LLAMA_LIKE | {"head_dim": 12}),
+    "glm4": ("Glm4Config", "Glm4ForCausalLM", _LLAMA_LIKE | {"head_dim": 12}),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", _LLAMA_LIKE),
+    "granite": (
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        _LLAMA_LIKE
+        | {"embedding_multiplier": 3.0, "attention_multiplier": 0.25}
+        | {"residual_multiplier": 0.5, "logits_scaling": 4.0},
+    ),
+    "cohere": ("CohereConfig", "CohereForCausalLM", _LLAMA_LIKE | {"logit_scale": 0.25}),
+    "cohere2": (
+        "Cohere2Config",
+        "Cohere2ForCausalLM",
+        _LLAMA_LIKE | {"logit_scale": 0.25, "sliding_window": 13, "sliding_window_pattern": 2},
+    ),
+    "starcoder2": (
+        "Starcoder2Config",
+        "Starcoder2ForCausalLM",
+        _LLAMA_LIKE | {"sliding_window": 13},
+    ),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", _GPT2_LIKE),
     "gpt_bigcode": ("GPTBigCodeConfig", "GPTBigCodeForCausalLM", _GPT2_LIKE),
+    "falcon": (
+        "FalconConfig",
+        "FalconForCausalLM",
+        {"num_hidden_layers": 2, "num_attention_heads": 7, "ffn_hidden_size": 101},
+    ),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        "GPTNeoXForCausalLM",
+        {
+            "intermediate_size": 101,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 7,
+            "hidden_size": 7 * 16,
+            "max_position_embeddings": 256,
+        },
+    ),
+    "gptj": ("GPTJConfig", "GPTJForCausalLM", _GPT2_LIKE | {"rotary_dim": 6}),
+    "opt": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        {
+            "ffn_dim": 101,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 7,
+            "max_position_embeddings": 256,
+        },
+    ),
+    "bloom": (
+        "BloomConfig",
+        "BloomForCausalLM",
+        {"n_layer": 2, "n_head": 7, "hidden_size": 56, "seq_length": 256},
+    ),
+    "stablelm": (
+        "StableLmConfig",
+        "StableLmForCausalLM",
+        _LLAMA_LIKE | {"hidden_size": 9 * 16},
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        _LLAMA_LIKE | {"intermediate_size": 37, "num_local_experts": 5},
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        _LLAMA_LIKE
+        | {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 37}
+        | {"shared_expert_intermediate_size": 41},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        _LLAMA_LIKE | {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 37},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        _LLAMA_LIKE
+        | {"intermediate_size": 37, "head_dim": 12, "sliding_window": 13, "swiglu_limit": 2.0}
+        | {"num_local_experts": 5, "num_experts_per_tok": 2},
+    ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        _DEEPSEEK | {"n_routed_experts": 7, "num_experts_per_tok": 3},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        _DEEPSEEK
+        | {"n_routed_experts": 15, "n_group": 5, "topk_group": 3, "num_experts_per_tok": 4},
+    ),
 }
 FAMILIES = tuple(_FAMILIES)
 
@@ -50,17 +188,27 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
             fields.setdefault(width, 8 * fields[heads])
     config = getattr(transformers, config_class)(**fields)
     model: PreTrainedModel = getattr(transformers, model_class)(config).eval()
+    # Its grouped matrix product wants rows of whole multiples of 16 bytes.
+    model.config._experts_implementation = "eager"
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 2:
-                # Wide enough for the layers to outweigh the embedding that they are added to.
-                parameter.copy_(noise * 2.5 / math.sqrt(min(parameter.shape)))
-            elif name.endswith(".bias"):
+            if name.endswith("bias"):
                 parameter.copy_(noise * 0.3)
+            elif name.endswith((".mlp.gate.weight", ".router.weight", "_gate.weight")):
+                # Narrow enough for more experts than the best to have a say.
+                parameter.copy_(noise * 1.5 / math.sqrt(parameter.shape[1]))
+            elif parameter.ndim > 1:
+                # Wide enough for the layers to outweigh the embedding that they are added to.
+                # Several experts are added: each is less wide.
+                fan = max(parameter.shape[1:]) if parameter.ndim == 3 else min(parameter.shape)
+                parameter.copy_(noise * 2.5 / math.sqrt(fan))
             else:
                 parameter.copy_(1.0 + noise * 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
     return model
 
 

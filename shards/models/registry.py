@@ -7,15 +7,67 @@ from difflib import get_close_matches
 from typing import Any
 
 from shards.errors import UnsupportedModel
-from shards.models.families import gpt2, gpt_bigcode, llama, mistral, qwen2
+from shards.models.families import (
+    bloom,
+    cohere,
+    cohere2,
+    deepseek,
+    falcon,
+    gemma2,
+    gemma3,
+    glm,
+    glm4,
+    gpt2,
+    gpt_bigcode,
+    gpt_neox,
+    gpt_oss,
+    gptj,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    opt,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    stablelm,
+    starcoder2,
+)
 from shards.models.family import Family, GGUFNames
 
 FAMILIES: tuple[Family, ...] = (
     llama.FAMILY,
     mistral.FAMILY,
     qwen2.FAMILY,
+    qwen3.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
+    gemma3.MULTIMODAL,
+    phi3.FAMILY,
+    glm.FAMILY,
+    glm4.FAMILY,
+    olmo2.FAMILY,
+    granite.FAMILY,
+    cohere.FAMILY,
+    cohere2.FAMILY,
+    starcoder2.FAMILY,
     gpt2.FAMILY,
     gpt_bigcode.FAMILY,
+    falcon.FAMILY,
+    gpt_neox.FAMILY,
+    gptj.FAMILY,
+    opt.FAMILY,
+    bloom.FAMILY,
+    stablelm.FAMILY,
+    mixtral.FAMILY,
+    qwen2_moe.FAMILY,
+    qwen3_moe.FAMILY,
+    gpt_oss.FAMILY,
+    deepseek.V2,
+    deepseek.V3,
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from shards.errors import UnsupportedModel
@@ -31,8 +31,9 @@ _MOST = 2**31 - 1
 class Fields:
     """The fields of one config: what it states, else the family's default.
 
-    A field that is null counts as unstated. `aliases` maps a field to another name under which
-    configs may state it. Every getter raises `UnsupportedModel`, naming field and value.
+    A field that is null counts as unstated, but for those in `absent`: their defaults hold where
+    the config does not have them, and null means none. `aliases` maps a field to another name under
+    which configs may state it. Every getter raises `UnsupportedModel`, naming field and value.
     """
 
     def __init__(
@@ -40,9 +41,11 @@ class Fields:
         config: Mapping[str, Any],
         defaults: Mapping[str, Any],
         aliases: Mapping[str, str] | None = None,
+        absent: Mapping[str, Any] | None = None,
     ) -> None:
+        missing = {name: value for name, value in (absent or {}).items() if name not in config}
         self._config = config
-        self._defaults = defaults
+        self._defaults = {**defaults, **missing}
         self._aliases = aliases or {}
 
     def get(self, name: str) -> Any:
@@ -52,11 +55,11 @@ class Fields:
                 return self._config[spelling]
         return self._defaults.get(name)
 
-    def integer(self, name: str, most: int = _MOST) -> int:
-        """A whole number from 1 to `most`."""
+    def integer(self, name: str, most: int = _MOST, *, least: int = 1) -> int:
+        """A whole number from `least` to `most`."""
         value = self.get(name)
-        if type(value) is not int or value < 1:
-            raise _refuse(name, value, "a whole number above 0 is needed")
+        if type(value) is not int or value < least:
+            raise _refuse(name, value, f"a whole number above {least - 1} is needed")
         if value > most:
             raise _refuse(name, value, f"at most {most:,} is supported")
         return value
@@ -73,11 +76,22 @@ class Fields:
         """A finite number above 0."""
         return positive(name, self.get(name))
 
+    def number_or_none(self, name: str) -> float | None:
+        """The same, or None where there is none."""
+        return None if self.get(name) is None else self.number(name)
+
     def flag(self, name: str) -> bool:
         value = self.get(name)
         if not isinstance(value, bool):
             raise _refuse(name, value, "true or false is needed")
         return value
+
+    def choice(self, name: str, known: Sequence[str]) -> str:
+        """One of the words that are `known`."""
+        value = self.get(name)
+        if value not in known:
+            raise _refuse(name, value, f"known are {', '.join(known)}")
+        return str(value)
 
     def activation(self, name: str) -> Activation:
         value = self.get(name)
@@ -119,6 +133,29 @@ class Fields:
             )
         return total // count
 
+    def head_dim(self, width: str, heads: str) -> int:
+        """The stated `head_dim`, else an even share of the width."""
+        if self.get("head_dim") is not None:
+            return self.integer("head_dim")
+        return self.even_share(width, heads)
+
+    def sliding_layers(self, default: Callable[[int], bool]) -> list[bool]:
+        """Whether each layer has a sliding window: as `layer_types` says, else `default`(i)."""
+        layers = self.layers("num_hidden_layers")
+        kinds = self.get("layer_types")
+        if kinds is None:
+            return [default(i) for i in range(layers)]
+        if not isinstance(kinds, list) or len(kinds) != layers:
+            raise _refuse(
+                "layer_types",
+                kinds,
+                f"one entry for each of the num_hidden_layers={layers} is needed",
+            )
+        for kind in kinds:
+            if kind not in ("sliding_attention", "full_attention"):
+                raise _refuse("layer_types", kind, "known are sliding_attention and full_attention")
+        return [kind == "sliding_attention" for kind in kinds]
+
     def refuse_flag(self, name: str, why: str) -> None:
         """Raise where `name` is true: an option that the decoder has no part for."""
         if self.get(name):
@@ -134,4 +171,4 @@ def positive(name: str, value: Any) -> float:
 
 
 def _refuse(name: str, value: Any, why: str) -> UnsupportedModel:
-    return UnsupportedModel(f"config field {name} is {value!r}: {why}")
+    return UnsupportedModel(f"config field {name} is {value!r:.80}: {why}")

@@ -54,6 +54,11 @@ GGUF_NAMES = {
     "layers.{i}.ffn.down": "blk.{i}.ffn_down",
     "norm": "output_norm",
     "output": "output",
+    # What Llama has not and its successors have: GGUF has one name for a thing.
+    "layers.{i}.attention.q_norm": "blk.{i}.attn_q_norm",
+    "layers.{i}.attention.k_norm": "blk.{i}.attn_k_norm",
+    "layers.{i}.attention_post_norm": "blk.{i}.post_attention_norm",
+    "layers.{i}.ffn_post_norm": "blk.{i}.post_ffw_norm",
 }
 
 # Old checkpoints save the rotary frequencies, tied ones a second copy of the embedding.
@@ -73,13 +78,11 @@ GGUF_OPTIONAL = {
 }
 
 
-def _spec(config: Mapping[str, Any]) -> ModelSpec:
+def llama_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """The spec of a Llama; Granite is one with multipliers."""
     fields = Fields(config, _DEFAULTS)
     heads, kv_heads = fields.head_counts("num_attention_heads", "num_key_value_heads")
-    if fields.get("head_dim") is not None:
-        head_dim = fields.integer("head_dim")
-    else:
-        head_dim = fields.even_share("hidden_size", "num_attention_heads")
+    head_dim = fields.head_dim("hidden_size", "num_attention_heads")
     layer = Layer(
         Attention(
             heads=heads,
@@ -88,6 +91,7 @@ def _spec(config: Mapping[str, Any]) -> ModelSpec:
             scale=head_dim**-0.5,
             qkv_bias=fields.flag("attention_bias"),
             out_bias=fields.flag("attention_bias"),
+            rotary=rotary(fields, head_dim),
         ),
         FeedForward(
             width=fields.integer("intermediate_size"),
@@ -103,7 +107,6 @@ def _spec(config: Mapping[str, Any]) -> ModelSpec:
         context=context(fields),
         layers=(layer,) * fields.layers("num_hidden_layers"),
         norm=Norm("rms", fields.number("rms_norm_eps")),
-        rotary=rotary(fields, head_dim),
         tied_embeddings=fields.flag("tie_word_embeddings"),
         dtype=fields.dtype(),
     )
@@ -127,7 +130,7 @@ def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _gguf_sources(spec: ModelSpec) -> dict[str, Source]:
+def paired_gguf_sources(spec: ModelSpec) -> dict[str, Source]:
     """llama.cpp turns neighbouring channels and therefore stores the rows of q and k pairwise."""
     head_dim = spec.layers[0].attention.head_dim
     names: dict[str, str | Source] = {**GGUF_NAMES}
@@ -140,9 +143,9 @@ FAMILY = Family(
     name="Llama",
     architectures=("LlamaForCausalLM",),
     model_type="llama",
-    spec=_spec,
+    spec=llama_spec,
     sources=lambda spec: sources(spec, NAMES),
     prefix="model.",
     ignored=(*IGNORED, r"rope_freqs\.weight"),
-    gguf=GGUFNames("llama", _gguf_config, _gguf_sources),
+    gguf=GGUFNames("llama", _gguf_config, paired_gguf_sources),
 )

@@ -28,13 +28,9 @@ _ABSENT = {"num_key_value_heads": 8, "sliding_window": 4096}
 
 
 def _spec(config: Mapping[str, Any]) -> ModelSpec:
-    absent = {name: value for name, value in _ABSENT.items() if name not in config}
-    fields = Fields(config, _DEFAULTS | absent)
+    fields = Fields(config, _DEFAULTS, absent=_ABSENT)
     heads, kv_heads = fields.head_counts("num_attention_heads", "num_key_value_heads")
-    if fields.get("head_dim") is not None:
-        head_dim = fields.integer("head_dim")
-    else:
-        head_dim = fields.even_share("hidden_size", "num_attention_heads")
+    head_dim = fields.head_dim("hidden_size", "num_attention_heads")
     longest = context(fields)
     layer = Layer(
         Attention(
@@ -43,6 +39,7 @@ def _spec(config: Mapping[str, Any]) -> ModelSpec:
             head_dim,
             scale=head_dim**-0.5,
             window=fields.window("sliding_window", longest),
+            rotary=rotary(fields, head_dim),
         ),
         FeedForward(
             width=fields.integer("intermediate_size"),
@@ -57,7 +54,6 @@ def _spec(config: Mapping[str, Any]) -> ModelSpec:
         context=longest,
         layers=(layer,) * fields.layers("num_hidden_layers"),
         norm=Norm("rms", fields.number("rms_norm_eps")),
-        rotary=rotary(fields, head_dim),
         tied_embeddings=fields.flag("tie_word_embeddings"),
         dtype=fields.dtype(),
     )

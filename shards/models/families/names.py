@@ -18,17 +18,23 @@ def sources(spec: ModelSpec, names: Names) -> dict[str, Source]:
     """One `Source` per parameter of `spec`.
 
     `names` maps headwise's module names onto the checkpoint's, both without ".weight" and ".bias"
-    and with `{i}` for the number of the layer; a bare string is a `Source` of that tensor alone.
-    A module that the spec has no parameter for may be named all the same.
+    and with `{i}` for the number of the layer and `{e}` for that of the expert; a bare string is a
+    `Source` of that tensor alone. A parameter that is named with its suffix has a tensor whose name
+    is given whole. A module that the spec has no parameter for may be named all the same.
     """
     found = {}
     for parameter in parameters(spec):
-        module, _, suffix = parameter.name.rpartition(".")
-        i = parameter.layer
-        named = names[module.replace(f"layers.{i}.", "layers.{i}.")]
+        i, e = parameter.layer, parameter.expert
+        name = parameter.name.replace(f"layers.{i}.", "layers.{i}.")
+        name = name.replace(f".experts.{e}.", ".experts.{e}.")
+        module, _, suffix = name.rpartition(".")
+        named, ending = (names[name], "") if name in names else (names[module], f".{suffix}")
         source = Source(named) if isinstance(named, str) else named
-        tensor = f"{source.tensor}.{suffix}".replace("{i}", str(i))
-        found[parameter.name] = replace(source, tensor=tensor)
+        tensor, scales = (
+            text.replace("{i}", str(i)).replace("{e}", str(e))
+            for text in (source.tensor + ending, source.scales)
+        )
+        found[parameter.name] = replace(source, tensor=tensor, scales=scales)
     return found
 
 

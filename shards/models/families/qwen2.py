@@ -29,56 +29,49 @@ _DEFAULTS: dict[str, Any] = {
     "max_window_layers": 28,
 }
 # An absent field means 32, a null one as many as query heads.
-_ABSENT_KV_HEADS = {**_DEFAULTS, "num_key_value_heads": 32}
+_ABSENT = {"num_key_value_heads": 32}
 
 
-def _windows(fields: Fields, longest: int) -> list[int | None]:
+def windows(fields: Fields, longest: int) -> list[int | None]:
     """Each layer's window: those from `max_window_layers` on, or as `layer_types` says."""
-    layers = fields.layers("num_hidden_layers")
     window = fields.window("sliding_window", longest)
     if not fields.flag("use_sliding_window") or window is None:
-        return [None] * layers
-    kinds = fields.get("layer_types")
-    if kinds is None:
-        first = fields.get("max_window_layers")
-        if type(first) is not int:
-            raise UnsupportedModel(
-                f"config field max_window_layers is {first!r}: a whole number is needed"
-            )
-        return [window if i >= first else None for i in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers:
+        return [None] * fields.layers("num_hidden_layers")
+    first = fields.get("max_window_layers")
+    if type(first) is not int:
         raise UnsupportedModel(
-            f"config field layer_types is {kinds!r:.80}: one entry for each of the "
-            f"num_hidden_layers={layers} is needed"
+            f"config field max_window_layers is {first!r}: a whole number is needed"
         )
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    return [window if sliding else None for sliding in fields.sliding_layers(lambda i: i >= first)]
 
 
 def _spec(config: Mapping[str, Any]) -> ModelSpec:
-    fields = Fields(config, _DEFAULTS if "num_key_value_heads" in config else _ABSENT_KV_HEADS)
+    fields = Fields(config, _DEFAULTS, absent=_ABSENT)
     heads, kv_heads = fields.head_counts("num_attention_heads", "num_key_value_heads")
-    head_dim = (
-        fields.integer("head_dim")
-        if fields.get("head_dim") is not None
-        else fields.even_share("hidden_size", "num_attention_heads")
-    )
+    head_dim = fields.head_dim("hidden_size", "num_attention_heads")
     longest = context(fields)
-    windows = _windows(fields, longest)
+    per_layer = windows(fields, longest)
     ffn = FeedForward(
         width=fields.integer("intermediate_size"),
         activation=fields.activation("hidden_act"),
         gated=True,
     )
-    attention = Attention(heads, kv_heads, head_dim, scale=head_dim**-0.5, qkv_bias=True)
-    kinds = {window: Layer(replace(attention, window=window), ffn) for window in set(windows)}
+    attention = Attention(
+        heads,
+        kv_heads,
+        head_dim,
+        scale=head_dim**-0.5,
+        qkv_bias=True,
+        rotary=rotary(fields, head_dim),
+    )
+    kinds = {window: Layer(replace(attention, window=window), ffn) for window in set(per_layer)}
     return ModelSpec(
         architecture="qwen2",
         width=fields.integer("hidden_size"),
         vocabulary=fields.integer("vocab_size"),
         context=longest,
-        layers=tuple(kinds[window] for window in windows),
+        layers=tuple(kinds[window] for window in per_layer),
         norm=Norm("rms", fields.number("rms_norm_eps")),
-        rotary=rotary(fields, head_dim),
         tied_embeddings=fields.flag("tie_word_embeddings"),
         dtype=fields.dtype(),
     )

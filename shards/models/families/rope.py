@@ -8,28 +8,54 @@ from typing import Any
 
 from shards.errors import UnsupportedModel
 from shards.models.families.fields import Fields, positive
-from shards.models.spec import LinearScaling, Llama3Scaling, Rotary, Scaling, YarnScaling
+from shards.models.spec import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rotary,
+    Scaling,
+    YarnScaling,
+)
 
-_KNOWN = ("default", "linear", "llama3", "yarn")
+_KNOWN = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
 _DEFAULT_THETA = 10_000.0
 
 # What every Llama 3.1, 3.2 and 3.3 was trained with; a GGUF file states their effect alone.
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
 
 
-def rotary(fields: Fields, head_dim: int) -> Rotary:
-    """Rotary embedding over whole heads, from `rope_parameters` (transformers 5) or from
-    `rope_scaling` and `rope_theta` (before)."""
+def rotary(
+    fields: Fields, head_dim: int, *, partial: bool = False, interleaved: bool = False
+) -> Rotary:
+    """Rotary embedding from `rope_parameters` (transformers 5) or from `rope_scaling` and
+    `rope_theta` (before): over whole heads, or in a family with `partial` ones over as much of each
+    as `partial_rotary_factor` says."""
     stated = _stated(fields)
     theta = stated.get("rope_theta") or fields.get("rope_theta") or _DEFAULT_THETA
-    partial = stated.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
+    factor = stated.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
+    if not partial and factor != 1.0:
         raise UnsupportedModel(
-            f"config field partial_rotary_factor is {partial}: only 1.0 (whole heads) is known"
+            f"config field partial_rotary_factor is {factor}: only 1.0 (whole heads) is known"
         )
-    if head_dim % 2:
-        raise UnsupportedModel(f"head_dim {head_dim} is odd: rotary positions turn channel pairs")
-    return Rotary(positive("rope_theta", theta), head_dim, scaling=_scaling(fields, stated))
+    dim = int(head_dim * positive("partial_rotary_factor", factor))
+    if not 2 <= dim <= head_dim:
+        raise UnsupportedModel(
+            f"config field partial_rotary_factor is {factor}: of head_dim {head_dim} that is {dim}"
+        )
+    if dim % 2:
+        of = "" if dim == head_dim else f"partial_rotary_factor {factor} of "
+        raise UnsupportedModel(
+            f"{of}head_dim {head_dim} is odd: rotary positions turn channel pairs"
+        )
+    scaling = _scaling(fields, stated)
+    if isinstance(scaling, LongRopeScaling):
+        for name, divisors in (("short_factor", scaling.short), ("long_factor", scaling.long)):
+            if len(divisors) != dim // 2:
+                raise UnsupportedModel(
+                    f"config field rope_scaling.{name} has {len(divisors)} numbers: "
+                    f"{dim // 2} are needed, one for each pair of the {dim} rotated channels"
+                )
+    return Rotary(positive("rope_theta", theta), dim, interleaved, scaling)
 
 
 def context(fields: Fields) -> int:
@@ -40,6 +66,18 @@ def context(fields: Fields) -> int:
     if isinstance(scaling, YarnScaling):
         return max(longest, int(scaling.factor * scaling.original_context))
     return longest
+
+
+def score_factor(fields: Fields) -> float:
+    """What DeepSeek multiplies attention scores by under YaRN: the temperature that
+    `mscale_all_dim` takes out of cos and sin, squared; so the channels that are not rotated have it
+    too."""
+    stated = _stated(fields)
+    scaling = _scaling(fields, stated)
+    if not isinstance(scaling, YarnScaling) or not stated.get("mscale_all_dim"):
+        return 1.0
+    all_dim = positive("mscale_all_dim", stated["mscale_all_dim"])
+    return _temperature(scaling.factor, all_dim) ** 2
 
 
 def gguf_scaling(metadata: Mapping[str, Any], architecture: str) -> dict[str, Any] | None:
@@ -63,6 +101,14 @@ def gguf_scaling(metadata: Mapping[str, Any], architecture: str) -> dict[str, An
         "beta_slow": metadata.get(f"{key}.yarn_beta_slow"),
     }
     return {name: value for name, value in scaling.items() if value is not None}
+
+
+def gguf_partial(metadata: Mapping[str, Any], architecture: str, head_dim: int) -> float:
+    """The `partial_rotary_factor` of a Hugging Face config, from a GGUF file's metadata: whole
+    heads where it does not say how many channels are rotated."""
+    rotated = metadata.get(f"{architecture}.rope.dimension_count", head_dim)
+    # Half a channel more: the factor's product with head_dim is cut to a whole number.
+    return min(1.0, (rotated + 0.5) / head_dim)
 
 
 def llama3_scaling_of(divisors: Sequence[float], theta: float) -> dict[str, Any]:
@@ -107,13 +153,21 @@ def _stated(fields: Fields) -> Mapping[str, Any]:
     stated = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     if not isinstance(stated, Mapping):
         raise UnsupportedModel(f"config field rope_scaling is {stated!r}: an object is needed")
+    by_kind = [kind for kind, value in stated.items() if isinstance(value, Mapping)]
+    if by_kind:
+        raise UnsupportedModel(
+            f"config field rope_parameters differs by layer ({', '.join(by_kind)}): in this family "
+            "all layers rotate alike"
+        )
     return stated
 
 
 def _scaling(fields: Fields, stated: Mapping[str, Any]) -> Scaling | None:
     kind = stated.get("rope_type") or stated.get("type") or "default"
-    if kind == "default":
-        return None
+    if kind == "su":
+        kind = "longrope"  # its name in Phi-3's first configs
+    if kind in ("default", "dynamic"):
+        return None  # "dynamic" scales beyond max_position_embeddings alone, which is the context
     if kind not in _KNOWN:
         raise UnsupportedModel(
             f"config field rope_type is {kind!r}: known rope scalings are {', '.join(_KNOWN)}"
@@ -137,6 +191,13 @@ def _scaling(fields: Fields, stated: Mapping[str, Any]) -> Scaling | None:
             original_context=original,
         )
     factor = positive("rope_scaling.factor", stated.get("factor") or longest / original)
+    if kind == "longrope":
+        return LongRopeScaling(
+            short=_divisors(stated, "short_factor"),
+            long=_divisors(stated, "long_factor"),
+            original_context=original,
+            attention_factor=_longrope_attention_factor(stated, factor, original),
+        )
     return YarnScaling(
         factor=factor,
         original_context=original,
@@ -151,11 +212,28 @@ def _yarn_attention_factor(stated: Mapping[str, Any], factor: float) -> float:
     """The stated one, else equation 22 of arXiv:2309.00071, with DeepSeek's two multipliers."""
     if stated.get("attention_factor") is not None:
         return positive("attention_factor", stated["attention_factor"])
-
-    def temperature(multiplier: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
-
     if stated.get("mscale") and stated.get("mscale_all_dim"):
+        mscale = positive("mscale", stated["mscale"])
         all_dim = positive("mscale_all_dim", stated["mscale_all_dim"])
-        return temperature(positive("mscale", stated["mscale"])) / temperature(all_dim)
-    return temperature(1.0)
+        return _temperature(factor, mscale) / _temperature(factor, all_dim)
+    return _temperature(factor)
+
+
+def _temperature(factor: float, multiplier: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
+
+
+def _divisors(stated: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    values = stated.get(name)
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise UnsupportedModel(
+            f"config field rope_scaling.{name} is {values!r:.80}: a list of numbers is needed"
+        )
+    return tuple(positive(f"rope_scaling.{name}[{i}]", value) for i, value in enumerate(values))
+
+
+def _longrope_attention_factor(stated: Mapping[str, Any], factor: float, original: int) -> float:
+    """The stated one, else arXiv:2402.13753's sqrt(1 + ln(factor) / ln(original context))."""
+    if stated.get("attention_factor") is not None:
+        return positive("attention_factor", stated["attention_factor"])
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
