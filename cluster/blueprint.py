@@ -13,6 +13,7 @@ from shards.errors import NotEnoughMemory
 from shards.footprint import RankFootprint, model_size, rank_footprints, settle_dtype
 from shards.layout import Layout, make_layout
 from shards.memory import host_bytes_left
+from shards.models.mask import reads_whole_prompts
 from shards.models.source import ModelSource, open_model
 
 # What a rank holds besides weights and cache: Python, torch, scratch space.
@@ -49,6 +50,11 @@ class Blueprint:
         return None if None in windows else max(w for w in windows if w is not None)
 
     @property
+    def whole_prompts(self) -> bool:
+        """Whether a prompt's positions see later ones, and all are computed in one step."""
+        return reads_whole_prompts(self.source.spec)
+
+    @property
     def model(self) -> ModelInfo:
         spec = self.source.spec
         first = spec.layers[0].attention
@@ -65,6 +71,7 @@ class Blueprint:
             parameters=model_size(spec).parameters,
             dtype=self.dtype,
             eos_token_ids=self.source.eos_token_ids,
+            longest_prompt=self.config.max_step_tokens if self.whole_prompts else None,
         )
 
     def shard(self, rank: int, collective: Transport, host_ranks: int) -> ShardConfig:

@@ -108,12 +108,15 @@ class Driver:
                 self._group.stop(0)
             raise
         config = self.blueprint.config
-        self._pool = BlockPool(group.blocks, config.block_size, config.prefix_caching)
+        whole_prompts = self.blueprint.whole_prompts
+        prefix_caching = config.prefix_caching and not whole_prompts
+        self._pool = BlockPool(group.blocks, config.block_size, prefix_caching)
         self._scheduler = Scheduler(
             self._pool,
             max_sequences=config.max_sequences,
             max_step_tokens=config.max_step_tokens,
             window=self.blueprint.window,
+            whole_prompts=whole_prompts,
         )
         self._loop = EngineLoop(
             group,

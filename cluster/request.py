@@ -217,6 +217,7 @@ class ModelInfo:
     parameters: int
     dtype: str
     eos_token_ids: tuple[int, ...]
+    longest_prompt: int | None = None  # where a step must hold it whole; else the context bounds it
 
 
 class Generator(Protocol):

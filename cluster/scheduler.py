@@ -74,11 +74,16 @@ class Scheduler:
         max_sequences: int,
         max_step_tokens: int,
         window: int | None = None,
+        whole_prompts: bool = False,
     ) -> None:
-        """`window`: the largest of the layers' windows, None where a layer sees everything."""
+        """`window`: the largest of the layers' windows, None where a layer sees everything.
+        `whole_prompts`: every prompt is computed in one step, never in chunks; none is longer than
+        `max_step_tokens` then, and the pool caches no prefixes."""
+        assert not (whole_prompts and pool.prefix_caching)
         self._pool = pool
         self._room = Room(pool, max_sequences, window)
         self._max_step_tokens = max_step_tokens
+        self._whole_prompts = whole_prompts
         self._waiting = SequenceQueue()
         self._running = SequenceQueue()
         self._preemptions = 0
@@ -121,6 +126,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that `fits(max_length)` and has at least one token to generate."""
         assert self.fits(sequence.max_length)
+        assert not self._whole_prompts or sequence.prompt_length <= self._max_step_tokens
         assert 0 < len(sequence.tokens) < sequence.max_length
         self._waiting.add(sequence)
 
@@ -299,6 +305,8 @@ class Scheduler:
                 break
             if self._awaits_leader(sequence):
                 continue
+            if self._whole_prompts and sequence.prompt_length > draft.budget:
+                break
             # Its tokens in flight, from before it was preempted, are part of what it starts with.
             if sequence.inflight or not self._find_room(sequence):
                 break

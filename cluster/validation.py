@@ -128,6 +128,12 @@ def _check_prompt(faults: _Faults, request: Request, model: ModelInfo, field: st
             f"its {length} tokens leave no room in the context of {model.context}: shorten it to "
             f"at most {model.context - 1}",
         )
+    elif model.longest_prompt is not None and length > model.longest_prompt:
+        faults.add(
+            field,
+            f"its {length} tokens are more than the {model.longest_prompt} of a step, and this "
+            "model reads a prompt in one: shorten it, or serve with a larger max_step_tokens",
+        )
 
 
 def _check_sampling(faults: _Faults, sampling: SamplingParams, model: ModelInfo) -> None:

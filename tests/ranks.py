@@ -26,6 +26,7 @@ from shards.contract import Sampling, StepPlan, StepResult
 from shards.kernels import kernel_set
 from shards.layout import make_layout
 from shards.models.decoder import Decoder
+from shards.models.mask import reads_whole_prompts
 from shards.models.source import open_model
 from shards.runner import Runner
 
@@ -52,6 +53,7 @@ class ThreadRanks:
         source = open_model(str(model))
         layout = make_layout(source.spec, world, capacity, expert_parallel=expert_parallel)
         self.vocabulary = source.spec.vocabulary
+        self.whole_prompts = reads_whole_prompts(source.spec)
         self.blocks, self.block_size, self.max_sequences = blocks, block_size, max_sequences
         self._pool = ThreadPoolExecutor(world)
         self._runners = []
@@ -104,12 +106,14 @@ def generate(
 ) -> list[tuple[list[int], np.ndarray]]:
     """`steps` tokens for each prompt, all at once, and the logits [steps, vocabulary] behind them.
 
-    Prompts longer than `max_step_tokens` are computed in chunks, beside running decodes.
+    Prompts longer than `max_step_tokens` are computed in chunks, beside running decodes, but by a
+    model that reads prompts whole.
     """
     scheduler = Scheduler(
-        BlockPool(ranks.blocks, ranks.block_size),
+        BlockPool(ranks.blocks, ranks.block_size, prefix_caching=not ranks.whole_prompts),
         max_sequences=ranks.max_sequences,
         max_step_tokens=max_step_tokens,
+        whole_prompts=ranks.whole_prompts,
     )
     sequences = [
         Sequence(

@@ -6,7 +6,7 @@ mappings (config -> `ModelSpec`, parameter -> `Source`) for Hugging Face folders
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,17 +55,23 @@ class Source:
         return tuple(self.tensor.replace("{part}", str(part)) for part in range(self.parts))
 
 
+def _nothing(tensors: Collection[str]) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class GGUFNames:
     """How GGUF spells this family.
 
     `architecture` is the value of `general.architecture`. `config` turns the file's metadata
-    (full keys -> values, without the tokenizer's arrays) into the fields of a Hugging Face config.
+    (full keys -> values, without the tokenizer's arrays) into the fields of a Hugging Face config;
+    `shown`, from the names of the file's tensors, gives those that nothing else in it tells.
     """
 
     architecture: str
     config: Callable[[Mapping[str, Any]], dict[str, Any]]
     sources: Callable[[ModelSpec], dict[str, Source]]
+    shown: Callable[[Collection[str]], dict[str, Any]] = _nothing
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,7 +171,8 @@ def _gguf_spec(path: Path) -> tuple[GGUFFile, Family, ModelSpec, GGUFNames]:
     if not isinstance(architecture, str):
         raise CheckpointError(f"{path}: its metadata has no general.architecture: no model in it")
     family, names = family_of_gguf(architecture)
-    config = names.config(file.metadata) | _stated_by_tensors(file)
+    tensors = file.checkpoint.tensors
+    config = names.config(file.metadata) | _stated_by_tensors(file) | names.shown(tensors)
     if "rope_freqs.weight" in file.checkpoint.tensors:
         divisors = _vector(file, "rope_freqs.weight")
         config["rope_scaling"] = llama3_scaling_of(divisors, config.get("rope_theta", 10_000.0))

@@ -12,7 +12,7 @@ import torch
 
 from shards.batch import Batch
 from shards.collectives.local import ThreadGroup
-from shards.kernels.base import KernelSet, Limits
+from shards.kernels.base import KernelSet, Limits, Weight
 from shards.kv_cache import LayerCache
 from shards.layout import Range, make_layout
 from shards.models.decoder import Decoder
@@ -56,7 +56,7 @@ class Rank:
     ) -> None:
         layout = make_layout(spec, world, expert_parallel=expert_parallel)
         kernels = make(dtype)
-        held = {
+        held: dict[str, Weight] = {
             p.name: _cut(weights[p.name], p, layout.owned(p, rank)).to(dtype)
             for p in parameters(spec)
             if layout.owned(p, rank)
@@ -90,7 +90,8 @@ def _cut(weight: torch.Tensor, parameter: Parameter, owned: Range) -> torch.Tens
 
 
 class Ranks:
-    """All ranks of a group; `expert_parallel` as of `make_layout`."""
+    """All ranks of a group, with `random_weights` where none are given; `expert_parallel` as of
+    `make_layout`."""
 
     def __init__(
         self,
@@ -99,13 +100,14 @@ class Ranks:
         make: Make,
         dtype: torch.dtype,
         *,
+        weights: dict[str, torch.Tensor] | None = None,
         expert_parallel: bool = False,
     ) -> None:
         self._pool = ThreadPoolExecutor(world)
-        group, weights = ThreadGroup(world, deadline_s=60), random_weights(spec)
+        group, given = ThreadGroup(world, deadline_s=60), weights or random_weights(spec)
 
         def rank(at: int) -> Rank:
-            return Rank(spec, world, at, group, make, dtype, weights, expert_parallel)
+            return Rank(spec, world, at, group, make, dtype, given, expert_parallel)
 
         self.ranks = list(self._pool.map(rank, range(world)))
 

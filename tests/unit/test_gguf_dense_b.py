@@ -57,9 +57,9 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
             writer.add_feed_forward_length(4 * config.hidden_size)
             writer.add_head_count_kv(config.n_head)
         case "falcon":
-            writer.add_context_length(2048)
+            writer.add_context_length(config.max_position_embeddings)
             writer.add_tensor_data_layout("jploski")
-            writer.add_feed_forward_length(4 * config.hidden_size)
+            writer.add_feed_forward_length(config.ffn_hidden_size)
             writer.add_head_count_kv(_kv_heads(config))
 
 
@@ -101,6 +101,24 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ),
     ("bloom", {"layer_norm_epsilon": _EPS}),
     ("bloom", {"layer_norm_epsilon": _EPS, "tie_word_embeddings": False}),
+    ("falcon", {"layer_norm_epsilon": _EPS, "max_position_embeddings": 256}),
+    (
+        "falcon",
+        {"layer_norm_epsilon": _EPS, "num_attention_heads": 6, "num_kv_heads": 2}
+        | {"new_decoder_architecture": True},
+    ),
+    (
+        "falcon",
+        {"layer_norm_epsilon": _EPS, "num_attention_heads": 9, "num_kv_heads": 3}
+        | {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1}
+        | {"tie_word_embeddings": False},
+    ),
+    ("stablelm", {"layer_norm_eps": _EPS}),
+    (
+        "stablelm",
+        {"layer_norm_eps": _EPS, "use_qkv_bias": True, "qk_layernorm": True}
+        | {"use_parallel_residual": True, "partial_rotary_factor": 0.5},
+    ),
 ]
 
 

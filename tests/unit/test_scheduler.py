@@ -164,10 +164,14 @@ class Loop:
         max_step_tokens: int = 16,
         depth: int = 1,
         prefix_caching: bool = True,
+        whole_prompts: bool = False,
     ) -> None:
         self.pool = BlockPool(blocks, block_size, prefix_caching)
         self.scheduler = Scheduler(
-            self.pool, max_sequences=max_sequences, max_step_tokens=max_step_tokens
+            self.pool,
+            max_sequences=max_sequences,
+            max_step_tokens=max_step_tokens,
+            whole_prompts=whole_prompts,
         )
         self.budget, self.depth = max_step_tokens, depth
         self.rank = FakeRank(blocks, block_size)
@@ -272,6 +276,32 @@ def random_search(random: Random, like: Sequence) -> Searching:
         random.randint(2, 4), random.choice([0.5, 1.0, 2.0]), early_stopping=random.random() < 0.5
     )
     return Searching(like, params, stop=random.choice([None, 1, 2]))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whole_prompts_are_never_cut(seed: int) -> None:
+    """Not beside decodes that leave little of the budget, nor when computed again."""
+    random = Random(seed)
+    loop = Loop(
+        blocks=random.randint(14, 20),
+        block_size=2,
+        max_step_tokens=16,
+        depth=random.randint(1, 3),
+        prefix_caching=False,
+        whole_prompts=True,
+    )
+    sequences = [random_sequence(random, arrival) for arrival in range(8)]
+    loop.add(*sequences)
+    started = dict[int, int]()  # slot -> its prompt's length
+    for _ in range(5000):
+        if len(loop.results) < loop.depth and (plan := loop.plan()) is not None:
+            started |= {start.slot: start.prompt_length for start in plan.start}
+            for work in plan.work:
+                prompt = started[work.slot]
+                assert work.start >= prompt or (work.start == 0 and work.count >= prompt)
+        elif loop.results:
+            loop.commit()
+    assert not loop.live
 
 
 @pytest.mark.parametrize("seed", range(250))

@@ -50,6 +50,13 @@ def faults(request: Request, **options: object) -> list[tuple[str, str]]:
     return []
 
 
+def test_prompt_that_one_step_must_hold() -> None:
+    model = replace(MODEL, longest_prompt=32)
+    validate(replace(GOOD, prompt=(1,) * 32), model, has_tokenizer=True)
+    with pytest.raises(InvalidRequest, match="33 tokens are more than the 32 of a step"):
+        validate(replace(GOOD, prompt=(1,) * 33), model, has_tokenizer=True)
+
+
 @pytest.mark.parametrize(
     "request_",
     [

@@ -223,7 +223,7 @@ def _weigh(
     if pattern.softcap is not None:
         logits = pattern.softcap * torch.tanh(logits / pattern.softcap)
     if slopes is not None:
-        logits = logits - slopes.float() * away
+        logits = logits - slopes.float() * away.abs()
     logits = logits.masked_fill(~seen, float("-inf"))
     if sinks is None:
         return logits.softmax(-1)

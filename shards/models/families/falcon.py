@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from shards.errors import UnsupportedModel
+from shards.models.families import llama
 from shards.models.families.fields import Fields
-from shards.models.families.fused import qkv_by_kv_head
-from shards.models.families.names import sources
+from shards.models.families.fused import qkv_by_kv_head, qkv_in_turn
+from shards.models.families.names import gguf_fields, sources
 from shards.models.families.rope import context, rotary
-from shards.models.family import Family, Source
+from shards.models.family import Family, GGUFNames, Source
 from shards.models.spec import Attention, FeedForward, Layer, ModelSpec, Norm
 
 _DEFAULTS: dict[str, Any] = {
@@ -29,6 +30,8 @@ _DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 _ALIASES = {"hidden_size": "n_embed"}
+
+_GGUF_SECOND_NORM = "blk.0.attn_norm_2.weight"
 
 
 def _kv_heads(fields: Fields, heads: int) -> int:
@@ -124,6 +127,34 @@ def _sources(spec: ModelSpec) -> dict[str, Source]:
     return sources(spec, {**names, **qkv})
 
 
+def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Falcon 7B is the new decoder with one KV head and one norm."""
+    required = {
+        "max_position_embeddings": "context_length",
+        "hidden_size": "embedding_length",
+        "num_hidden_layers": "block_count",
+        "num_attention_heads": "attention.head_count",
+        "layer_norm_epsilon": "attention.layer_norm_epsilon",
+    }
+    optional = {"ffn_hidden_size": "feed_forward_length", "rope_theta": "rope.freq_base"}
+    config = gguf_fields(metadata, "falcon", required, optional)
+    kv_heads = metadata.get("falcon.attention.head_count_kv", 1)
+    return config | {"new_decoder_architecture": True, "num_kv_heads": kv_heads}
+
+
+def _gguf_shown(tensors: Collection[str]) -> dict[str, Any]:
+    return {"num_ln_in_parallel_attn": 2 if _GGUF_SECOND_NORM in tensors else 1}
+
+
+def _gguf_sources(spec: ModelSpec) -> dict[str, Source]:
+    """llama.cpp's converter puts all of q first, then k, then v. Where there are two norms, the
+    second is the attention's."""
+    names = {**llama.GGUF_NAMES, "layers.{i}.ffn_norm": "blk.{i}.attn_norm"}
+    if not spec.layers[0].shared_norm:
+        names["layers.{i}.attention_norm"] = "blk.{i}.attn_norm_2"
+    return sources(spec, {**names, **qkv_in_turn(spec, "blk.{i}.attn_qkv")})
+
+
 FAMILY = Family(
     name="Falcon",
     architectures=("FalconForCausalLM",),
@@ -133,4 +164,5 @@ FAMILY = Family(
     prefix="transformer.",
     # A tied second copy of the embedding, and the rotary frequencies of old checkpoints.
     ignored=(r"lm_head\.weight", r"h\.\d+\.self_attention\.rotary(_emb)?\.inv_freq"),
+    gguf=GGUFNames("falcon", _gguf_config, _gguf_sources, _gguf_shown),
 )

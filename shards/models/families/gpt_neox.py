@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from shards.models.families import llama
@@ -98,6 +98,10 @@ def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
+def _gguf_shown(tensors: Collection[str]) -> dict[str, Any]:
+    return {"attention_bias": "blk.0.attn_output.bias" in tensors}
+
+
 def _gguf_sources(spec: ModelSpec) -> dict[str, Source]:
     """llama.cpp's converter puts all of q first, then k, then v."""
     return sources(spec, {**llama.GGUF_NAMES, **qkv_in_turn(spec, "blk.{i}.attn_qkv")})
@@ -115,5 +119,5 @@ FAMILY = Family(
         r"layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
         r"embed_out\.weight",
     ),
-    gguf=GGUFNames("gptneox", _gguf_config, _gguf_sources),
+    gguf=GGUFNames("gptneox", _gguf_config, _gguf_sources, _gguf_shown),
 )

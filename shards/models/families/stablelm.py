@@ -3,14 +3,14 @@ parallel halves, and a norm of its own for every head's queries and keys."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from shards.models.families import llama
 from shards.models.families.fields import Fields
-from shards.models.families.names import sources
-from shards.models.families.rope import context, rotary
-from shards.models.family import Family, Source
+from shards.models.families.names import gguf_fields, sources
+from shards.models.families.rope import context, gguf_partial, rotary
+from shards.models.family import Family, GGUFNames, Source
 from shards.models.spec import Attention, FeedForward, Layer, ModelSpec, Norm, QKNorm
 
 _DEFAULTS: dict[str, Any] = {
@@ -82,6 +82,40 @@ def _sources(spec: ModelSpec) -> dict[str, Source]:
     )
 
 
+def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    required = {
+        "max_position_embeddings": "context_length",
+        "hidden_size": "embedding_length",
+        "intermediate_size": "feed_forward_length",
+        "num_hidden_layers": "block_count",
+        "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+        "layer_norm_eps": "attention.layer_norm_epsilon",
+    }
+    config = gguf_fields(metadata, "stablelm", required, {"rope_theta": "rope.freq_base"})
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    config["partial_rotary_factor"] = gguf_partial(metadata, "stablelm", head_dim)
+    return config
+
+
+def _gguf_shown(tensors: Collection[str]) -> dict[str, Any]:
+    """The metadata's use_parallel_residual is wrong in files of models that state none."""
+    return {
+        "use_qkv_bias": "blk.0.attn_q.bias" in tensors,
+        "qk_layernorm": "blk.0.attn_q_norm.weight" in tensors,
+        "use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors,
+    }
+
+
+def _gguf_sources(spec: ModelSpec) -> dict[str, Source]:
+    attention = spec.layers[0].attention
+    norms = {
+        "layers.{i}.attention.q_norm": Source("blk.{i}.attn_q_norm", parts=attention.heads),
+        "layers.{i}.attention.k_norm": Source("blk.{i}.attn_k_norm", parts=attention.kv_heads),
+    }
+    return sources(spec, {**llama.GGUF_NAMES, **norms})
+
+
 FAMILY = Family(
     name="StableLM",
     architectures=("StableLmForCausalLM",),
@@ -90,4 +124,5 @@ FAMILY = Family(
     sources=_sources,
     prefix="model.",
     ignored=llama.IGNORED,
+    gguf=GGUFNames("stablelm", _gguf_config, _gguf_sources, _gguf_shown),
 )
