@@ -174,6 +174,11 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 FAMILIES = tuple(_FAMILIES)
 
 
+def architecture_of(family: str) -> str:
+    """The `architectures` entry of a model that `tiny_model(family)` makes."""
+    return _FAMILIES[family][1]
+
+
 def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random fp32 model of `family` (a key of `_FAMILIES`) in eval mode.
 

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models import save, tiny_model
+from scripts import architectures
+from shards.models.registry import FAMILIES as REGISTERED
+from tests.models import architecture_of, save, tiny_model
 from tests.parity.case import Case
 from tests.ranks import generate, thread_ranks
 
@@ -75,3 +77,23 @@ def test_capacity_changes_the_split_and_not_the_answer(
     with thread_ranks(tmp_path, 1) as ranks:
         [(alone, _)] = generate(ranks, [prompt], 24)
     assert tokens == alone
+
+
+# `Gemma3ForConditionalGeneration` is served as the text model that it holds: the same decoder.
+ALIASES = {"Gemma3ForConditionalGeneration"}
+
+
+def test_every_family_has_a_row() -> None:
+    compared = {architecture_of(case.family) for case in _cases()}
+    missing = [
+        family.name
+        for family in REGISTERED
+        if not compared & set(family.architectures) and not ALIASES & set(family.architectures)
+    ]
+    assert not missing, f"add cases to tests/parity for {', '.join(missing)}"
+
+
+def test_the_page_of_architectures_is_up_to_date() -> None:
+    assert architectures.TARGET.read_text() == architectures.table(), (
+        "run python -m scripts.architectures"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -14,7 +15,16 @@ from hypothesis import strategies as st
 from shards.errors import IllegalSplit
 from shards.layout import Layout, Range, make_layout
 from shards.models.parameters import Cut, parameters
-from shards.models.spec import Attention, FeedForward, Layer, LearnedPositions, ModelSpec, Norm
+from shards.models.spec import (
+    Attention,
+    FeedForward,
+    Layer,
+    LearnedPositions,
+    MixtureOfExperts,
+    ModelSpec,
+    Norm,
+    Router,
+)
 
 
 def model(
@@ -361,3 +371,58 @@ def test_senseless_capacities_are_refused(bad: float) -> None:
 def test_a_capacity_list_of_the_wrong_length_is_refused() -> None:
     with pytest.raises(IllegalSplit, match="capacity lists 2 ranks and tensor_parallel is 3"):
         make_layout(model(), 3, [2, 1])
+
+
+def mixture(experts: int, width: int, shared: int | None = None) -> ModelSpec:
+    spec = model()
+    ffn = MixtureOfExperts(
+        experts,
+        FeedForward(width, "silu", gated=True, bias=True),
+        Router(2),
+        None if shared is None else FeedForward(shared, "silu", gated=True),
+    )
+    return replace(spec, layers=tuple(replace(layer, ffn=ffn) for layer in spec.layers))
+
+
+@unhurried
+@given(st.data())
+def test_every_element_of_every_expert_lies_somewhere(data: st.DataObject) -> None:
+    """Once, but for what every rank has a copy of."""
+    world = data.draw(st.integers(1, 7))
+    spec = mixture(data.draw(st.integers(7, 60)), data.draw(st.integers(7, 90)), shared=64)
+    layout = make_layout(spec, world, expert_parallel=data.draw(st.booleans()))
+    for parameter in parameters(spec):
+        if parameter.expert is not None:
+            owned = [layout.owned(parameter, rank) for rank in range(world)]
+            held = sorted(row for run in owned for row in range(run.start, run.stop))
+            assert held == list(range(parameter.shape[parameter.axis]))
+
+
+def test_sixty_experts_over_seven_ranks() -> None:
+    split = make_layout(mixture(60, 32), 7, expert_parallel=True).layers[0]
+    assert lengths(split.experts) == [9, 9, 9, 9, 8, 8, 8]
+    assert set(split.expert_channels) == {Range(0, 32)}
+
+
+def test_experts_are_dealt_by_capacity() -> None:
+    split = make_layout(mixture(8, 32), 3, (2, 1, 1), expert_parallel=True).layers[0]
+    assert lengths(split.experts) == [4, 2, 2]
+
+
+def test_sliced_experts_and_the_shared_one_are_cut_by_channels() -> None:
+    split = make_layout(mixture(8, 96, shared=128), 2).layers[0]
+    assert split.experts == (Range(0, 8),) * 2
+    assert lengths(split.expert_channels) == [48, 48]
+    assert lengths(split.channels) == [64, 64]
+
+
+@pytest.mark.parametrize(
+    ("expert_parallel", "message"),
+    [
+        (True, "3 experts over tensor_parallel=4: at most 3 ranks can own an expert"),
+        (False, "2 channels of an expert over tensor_parallel=4: at most 2 ranks can own a"),
+    ],
+)
+def test_too_few_experts_or_channels_are_refused(expert_parallel: bool, message: str) -> None:
+    with pytest.raises(IllegalSplit, match=message):
+        make_layout(mixture(3, 2), 4, expert_parallel=expert_parallel)
