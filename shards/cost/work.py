@@ -1,10 +1,14 @@
 """What a step has to do: for each rank the bytes to move and the operations to compute, and what
 the ranks then tell each other.
 
-A layer is five fused calls, two phases that each end with an all-reduce:
+A layer is five fused calls, two phases that each end with an all-reduce, or one phase where its
+halves are parallel:
 
     attention   norm, q, k, v, position and KV write | attention over the cache | output projection
-    ffn         norm, gate, up and activation | down
+    ffn         norm, router, gate, up and activation | down
+
+Of a mixture of experts a step reads those that its tokens are sent to, which are taken to be chosen
+evenly and independently.
 
 Before the layers lies the embedding with its all-reduce, after them the output layer on the sampled
 rows, whose logits meet on rank 0. Weight matrices are taken from the parameter table and the
@@ -20,10 +24,10 @@ from typing import Literal
 
 from shards.cost.device import Arithmetic
 from shards.cost.precision import Precision, held
-from shards.footprint import communication
+from shards.footprint import communication, share_of_tokens
 from shards.layout import Layout
-from shards.models.parameters import Cut, Parameter, parameters
-from shards.models.spec import ModelSpec
+from shards.models.parameters import Parameter, parameters
+from shards.models.spec import LatentAttention, ModelSpec
 
 Call = Literal["embedding", "qkv", "attention", "out", "gate_up", "down", "output", "sample"]
 
@@ -84,16 +88,30 @@ class Phase:
 @dataclass(frozen=True, slots=True)
 class _Matrices:
     """The weights of one call on one rank: bytes (as in `Work`) and elements to read, and values
-    per row that come in and go out."""
+    per row that come in and go out. A token takes `share` of them: 1 but for experts."""
 
     streamed: float
     elements: int
     values: int
     arithmetic: Arithmetic
+    share: float = 1.0
+
+    def read(self, rows: int) -> float:
+        """The part of them that so many tokens take together."""
+        return 1.0 - (1.0 - self.share) ** rows
 
 
 _CALLS: Mapping[str, Call] = {
     "attention_norm": "qkv",
+    "attention_post_norm": "out",
+    "attention.q_norm": "qkv",
+    "attention.k_norm": "qkv",
+    "attention.q_down": "qkv",
+    "attention.kv_down": "qkv",
+    "attention.kv_norm": "qkv",
+    "attention.k_up": "qkv",
+    "attention.v_up": "out",
+    "attention.sinks": "attention",
     "attention.q": "qkv",
     "attention.k": "qkv",
     "attention.v": "qkv",
@@ -102,8 +120,17 @@ _CALLS: Mapping[str, Call] = {
     "ffn.gate": "gate_up",
     "ffn.up": "gate_up",
     "ffn.down": "down",
+    "ffn_post_norm": "down",
+    "router": "gate_up",
+    "experts.gate": "gate_up",
+    "experts.up": "gate_up",
+    "experts.down": "down",
+    "shared_gate": "gate_up",
+    "shared.gate": "gate_up",
+    "shared.up": "gate_up",
+    "shared.down": "down",
 }
-"""By the parameter's name without `layers.N.` and `.weight` or `.bias`."""
+"""By the parameter's name without `layers.N.`, the number of an expert and `.weight` or `.bias`."""
 
 
 class Workload:
@@ -133,29 +160,23 @@ class Workload:
         lookup = Work("embedding", 2 * hidden, 0, self._precision.activations)
         yield Phase(((lookup,),) * self._layout.world, all_reduce_bytes=hidden)
         for i, times in self._times.items():
-            yield Phase(
-                tuple(
-                    (
-                        self._product(i, "qkv", rank, rows),
-                        self._attention(i, rank, chunks),
-                        self._product(i, "out", rank, rows),
-                    )
-                    for rank in ranks
-                ),
-                all_reduce_bytes=hidden,
-                times=times,
-            )
-            yield Phase(
-                tuple(
-                    (
-                        self._product(i, "gate_up", rank, rows),
-                        self._product(i, "down", rank, rows),
-                    )
-                    for rank in ranks
-                ),
-                all_reduce_bytes=hidden,
-                times=times,
-            )
+            attention: list[tuple[Work, ...]] = [
+                (
+                    self._product(i, "qkv", rank, rows),
+                    self._attention(i, rank, chunks),
+                    self._product(i, "out", rank, rows),
+                )
+                for rank in ranks
+            ]
+            ffn: list[tuple[Work, ...]] = [
+                (self._product(i, "gate_up", rank, rows), self._product(i, "down", rank, rows))
+                for rank in ranks
+            ]
+            halves = [attention, ffn]
+            if self._spec.layers[i].parallel:
+                halves = [[(*a, *f) for a, f in zip(attention, ffn, strict=True)]]
+            for half in halves:
+                yield Phase(tuple(half), all_reduce_bytes=hidden, times=times)
         if sampled:
             yield Phase(
                 tuple((self._product(None, "output", rank, sampled),) for rank in ranks),
@@ -165,12 +186,14 @@ class Workload:
             yield Phase(((Work("sample", logits, 0, "float32"),),))
 
     def _product(self, layer: int | None, call: Call, rank: int, rows: int) -> Work:
-        weights = self._matrices[layer, call, rank]
+        groups = self._matrices[layer, call, rank]
+        values = sum(weights.share * weights.values for weights in groups)
         return Work(
             call,
-            weights.streamed + rows * weights.values * self._precision.value_bytes,
-            2 * weights.elements * rows,
-            weights.arithmetic,
+            sum(weights.streamed * weights.read(rows) for weights in groups)
+            + rows * values * self._precision.value_bytes,
+            sum(2 * weights.elements * weights.share * rows for weights in groups),
+            groups[-1].arithmetic,
             rows,
         )
 
@@ -178,11 +201,13 @@ class Workload:
         attention = self._spec.layers[layer].attention
         split = self._layout.layers[layer]
         heads = len(split.heads[rank]) * attention.head_dim
-        kv_heads = len(split.kv_heads[rank]) * attention.head_dim
+        # Latent attention's values are channels of its keys.
+        planes = 1 if isinstance(attention, LatentAttention) else 2
+        cached = planes * len(split.kv_heads[rank]) * attention.head_dim
         window = attention.window
         # Keys and values; queries and what comes out.
         values = sum(
-            chunk.sequences * 2 * (chunk.keys(window) * kv_heads + chunk.tokens * heads)
+            chunk.sequences * (chunk.keys(window) * cached + chunk.tokens * 2 * heads)
             for chunk in chunks
         )
         pairs = sum(chunk.sequences * chunk.pairs(window) for chunk in chunks)
@@ -193,36 +218,45 @@ class Workload:
             self._precision.activations,
         )
 
-    def _weigh(self) -> dict[tuple[int | None, Call, int], _Matrices]:
-        """The weights of every call, of one layer of each kind."""
+    def _weigh(self) -> dict[tuple[int | None, Call, int], tuple[_Matrices, ...]]:
+        """The weights of every call, of one layer of each kind; experts by themselves, at last."""
         calls: dict[tuple[int | None, Call], list[Parameter]] = defaultdict(list)
         for p in parameters(self._spec):
             call = _call_of(p, self._spec)
             if call is not None and (p.layer is None or p.layer in self._times):
                 calls[p.layer, call].append(p)
         return {
-            (layer, call, rank): self._matrices_of(weights, rank)
+            (layer, call, rank): tuple(
+                self._matrices_of(group, rank)
+                for group in (
+                    [p for p in weights if p.expert is None],
+                    [p for p in weights if p.expert is not None],
+                )
+                if group
+            )
             for (layer, call), weights in calls.items()
             for rank in range(self._layout.world)
         }
 
     def _matrices_of(self, weights: Sequence[Parameter], rank: int) -> _Matrices:
         streamed, elements, values = 0.0, 0, self._spec.width
+        share = share_of_tokens(weights[0], self._spec)
         arithmetic = self._precision.activations
         for p in weights:
             here = held(p, self._layout, rank)
             streamed += here * self._precision.weight_bytes(p) / self._precision.stream_share(p)
-            if p.cut is not Cut.REPLICATED and len(p.shape) == 2:
+            if len(p.shape) == 2 and here:
                 elements += here
                 values += len(self._layout.owned(p, rank))
                 arithmetic = self._precision.arithmetic(p, self._kind)
-        return _Matrices(streamed, elements, values, arithmetic)
+        return _Matrices(streamed, elements, values, arithmetic, share)
 
 
 def _call_of(parameter: Parameter, spec: ModelSpec) -> Call | None:
     """The call that reads all of `parameter`; None for tables of which a step reads single rows."""
     name = parameter.name.rpartition(".")[0]
     if parameter.layer is not None:
-        return _CALLS[name.removeprefix(f"layers.{parameter.layer}.")]
+        name = name.removeprefix(f"layers.{parameter.layer}.")
+        return _CALLS[name.replace(f"experts.{parameter.expert}.", "experts.")]
     read = ("norm", "embedding") if spec.tied_embeddings else ("norm", "output")
     return "output" if name in read else None

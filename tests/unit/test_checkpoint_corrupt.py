@@ -144,7 +144,7 @@ GGUF = {
     "unknown architecture": (
         pairs(string(b"general.architecture") + struct.pack("<I", 8) + string(b"lama2")),
         UnsupportedModel,
-        "'lama2' is unknown: known are llama, qwen2, gpt2; the nearest is llama",
+        "the nearest is llama",
     ),
 }
 

@@ -179,7 +179,7 @@ def _linear(tile: Any, size: Any, operands: Any, step: Any, thread: Any, threads
     start, stop = share(-(-outputs // PANEL), 1, thread, threads)
     _begin(rows, start * PANEL, min(stop * PANEL, outputs), y, y_stride, bias, add)
     tiles = -(-rows // TILE_ROWS)
-    block, strip = (inputs, stop - start) if tiles <= 1 else (_BLOCK, _STRIP)
+    block, strip = (inputs, max(1, stop - start)) if tiles <= 1 else (_BLOCK, _STRIP)
     for first in range(0, inputs, block):
         count = min(block, inputs - first)
         for left in range(start, stop, strip):
