@@ -18,18 +18,25 @@ _LISTED = 10
 def resolve(
     sources: Mapping[str, Source], tensors: Iterable[str], prefix: str
 ) -> dict[str, Source]:
-    """`sources` under the names the checkpoint uses: without `prefix` where it holds only those."""
+    """`sources` under the names the checkpoint uses: without `prefix` where it holds only those,
+    and the one that it holds of each `Source` and what it is `otherwise`."""
     held = set(tensors)
 
-    def named(source: Source) -> Source:
-        bare = replace(
+    def spellings(source: Source) -> Iterator[Source]:
+        yield source
+        yield replace(
             source,
             tensor=source.tensor.removeprefix(prefix),
             scales=source.scales.removeprefix(prefix),
         )
-        return bare if source.tensors[0] not in held and bare.tensors[0] in held else source
+        if source.otherwise is not None:
+            yield from spellings(source.otherwise)
 
-    return {parameter: named(source) for parameter, source in sources.items()}
+    def settled(source: Source) -> Source:
+        known = (spelling for spelling in spellings(source) if spelling.tensors[0] in held)
+        return replace(next(known, source), otherwise=None)
+
+    return {parameter: settled(source) for parameter, source in sources.items()}
 
 
 def verify(
@@ -50,7 +57,8 @@ def verify(
     misshapen = [
         f"{name} is {list(tensors[name].shape)} where the config needs {list(shape)}"
         for name, shape in needed.items()
-        if name in tensors and tensors[name].shape != shape
+        # llama.cpp's quantiser drops a first axis of 1.
+        if name in tensors and shape not in (tensors[name].shape, (1, *tensors[name].shape))
     ]
     left_over = re.compile("|".join(ignored) or "(?!)")
     unused = [

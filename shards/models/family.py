@@ -34,6 +34,7 @@ class Source:
     `rope_rows`: GGUF stores Llama's q and k rows pairwise within each head; where non-zero, it is
     the head_dim over which [head_dim/2, 2] is turned back into [2, head_dim/2].
     `add` is added to every element: norms whose weight is stored less 1.
+    `otherwise`: where it lies in checkpoints that have no such tensor.
     """
 
     tensor: str
@@ -46,6 +47,7 @@ class Source:
     parts: int = 0
     scales: str = ""
     add: float = 0.0
+    otherwise: Source | None = None
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -66,12 +68,15 @@ class GGUFNames:
     `architecture` is the value of `general.architecture`. `config` turns the file's metadata
     (full keys -> values, without the tokenizer's arrays) into the fields of a Hugging Face config;
     `shown`, from the names of the file's tensors, gives those that nothing else in it tells.
+    `experts`: whether its files have experts, where another family has those without (or with);
+    None where the architecture is this family's alone.
     """
 
     architecture: str
     config: Callable[[Mapping[str, Any]], dict[str, Any]]
     sources: Callable[[ModelSpec], dict[str, Source]]
     shown: Callable[[Collection[str]], dict[str, Any]] = _nothing
+    experts: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,16 +96,18 @@ def family_of_config(config: Mapping[str, Any]) -> Family:
     raise _unknown("model_type", str(model_type), [family.model_type for family in FAMILIES])
 
 
-def family_of_gguf(architecture: str) -> tuple[Family, GGUFNames]:
-    """By a GGUF file's `general.architecture`: the family and its `gguf`.
+def family_of_gguf(architecture: str, *, experts: bool = False) -> tuple[Family, GGUFNames]:
+    """By a GGUF file's `general.architecture`, and whether it has experts: the family and its
+    `gguf`.
 
     Raises `UnsupportedModel` naming the known ones and the nearest.
     """
     known = [(family, family.gguf) for family in FAMILIES if family.gguf is not None]
     for family, names in known:
-        if names.architecture == architecture:
+        if names.architecture == architecture and names.experts in (None, experts):
             return family, names
-    raise _unknown("GGUF architecture", architecture, [names.architecture for _, names in known])
+    architectures = list(dict.fromkeys(names.architecture for _, names in known))
+    raise _unknown("GGUF architecture", architecture, architectures)
 
 
 def _unknown(kind: str, name: str, known: Sequence[str]) -> UnsupportedModel:

@@ -121,10 +121,11 @@ def _config(folder: Path) -> dict[str, Any]:
     quantisation = config.get("quantization_config")
     if quantisation is not None:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-        raise UnsupportedModel(
-            f"config field quantization_config is there (quant_method {method!r}): only "
-            "unquantised safetensors and GGUF files are known"
-        )
+        if method != "mxfp4":  # GPT-OSS: its sources say which tensors are blocks
+            raise UnsupportedModel(
+                f"config field quantization_config is there (quant_method {method!r}): only "
+                "mxfp4, unquantised safetensors and GGUF files are known"
+            )
     return config
 
 
@@ -170,7 +171,8 @@ def _gguf_spec(path: Path) -> tuple[GGUFFile, Family, ModelSpec, GGUFNames]:
     architecture = file.metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise CheckpointError(f"{path}: its metadata has no general.architecture: no model in it")
-    family, names = family_of_gguf(architecture)
+    experts = bool(file.metadata.get(f"{architecture}.expert_count"))
+    family, names = family_of_gguf(architecture, experts=experts)
     tensors = file.checkpoint.tensors
     config = names.config(file.metadata) | _stated_by_tensors(file) | names.shown(tensors)
     if "rope_freqs.weight" in file.checkpoint.tensors:
@@ -219,8 +221,10 @@ def _vector(file: GGUFFile, name: str) -> Sequence[float]:
 
 
 def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
-    """That of the most bytes; float32 where those are quantised, for what they are widened to."""
+    """That of the most bytes; float32 where those are quantised, for what they are widened to.
+    MXFP4's bytes (U8) do not count: beside them a checkpoint is in its own dtype."""
     nbytes: dict[str, int] = {}
     for info in tensors.values():
-        nbytes[info.dtype] = nbytes.get(info.dtype, 0) + info.nbytes
+        if info.dtype != "U8":
+            nbytes[info.dtype] = nbytes.get(info.dtype, 0) + info.nbytes
     return _DTYPES.get(max(nbytes, key=lambda dtype: nbytes[dtype], default="F32"), "float32")

@@ -153,17 +153,8 @@ def test_a_folder_gives_the_weights(family: str, expert_parallel: bool, tmp_path
     check(open_model(str(save(model, tmp_path))), model, expert_parallel=expert_parallel)
 
 
-# What is not read yet is refused with a sentence; these tell when that changes.
-LLAMA_WITH_EXPERTS = pytest.mark.xfail(strict=True, reason="GGUF 'llama' with experts is refused")
-UNREAD = pytest.mark.xfail(strict=True, reason="checkpoints of this form are refused")
-IN_GGUF = [
-    pytest.param(family, marks=LLAMA_WITH_EXPERTS if family == "mixtral" else ())
-    for family in MODELS
-]
-
-
 @pytest.mark.parametrize("expert_parallel", [False, True], ids=["cut", "dealt"])
-@pytest.mark.parametrize("family", IN_GGUF)
+@pytest.mark.parametrize("family", MODELS)
 def test_a_gguf_file_gives_the_weights(family: str, expert_parallel: bool, tmp_path: Path) -> None:
     model = tiny_model(family, **MODELS[family])
     path = write_gguf(model, tmp_path / "model.gguf")
@@ -181,11 +172,7 @@ YARN = {
 @pytest.mark.parametrize(
     ("family", "fields"),
     [
-        *(
-            (family, fields)
-            for family, fields in MODELS.items()
-            if family not in ("gpt_oss", "mixtral")
-        ),
+        *((family, fields) for family, fields in MODELS.items() if family != "gpt_oss"),
         # What a file does not state: the limit of the clamp, that YaRN's borders are not rounded.
         ("gpt_oss", {"swiglu_limit": 7.0}),
         ("gpt_oss", {"swiglu_limit": 7.0, "rope_parameters": YARN | {"truncate": False}}),
@@ -239,7 +226,6 @@ def _save_as_published(folder: Path) -> PreTrainedModel:
     return model
 
 
-@UNREAD
 @pytest.mark.parametrize("expert_parallel", [False, True], ids=["cut", "dealt"])
 def test_mxfp4_is_widened_as_transformers_widens_it(expert_parallel: bool, tmp_path: Path) -> None:
     model = _save_as_published(tmp_path)
@@ -254,7 +240,6 @@ def test_mxfp4_in_gguf(tmp_path: Path) -> None:
     check(open_model(str(path)), model, expert_parallel=False)
 
 
-@UNREAD
 def test_gguf_that_went_through_the_quantiser(tmp_path: Path) -> None:
     """llama.cpp drops the axis of 1 of the shared expert's gate."""
     model = tiny_model("qwen2_moe")
@@ -265,7 +250,6 @@ def test_gguf_that_went_through_the_quantiser(tmp_path: Path) -> None:
     check(open_model(str(path)), model, expert_parallel=False)
 
 
-@UNREAD
 def test_gguf_of_deepseek_before_its_kv_b_was_parted(tmp_path: Path) -> None:
     model = tiny_model("deepseek_v2")
     path = write_gguf(model, tmp_path / "model.gguf", kv_b_parted=False)

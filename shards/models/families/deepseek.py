@@ -164,11 +164,18 @@ def _latent(spec: ModelSpec) -> LatentAttention:
     return attention
 
 
+def _fused_kv(attention: LatentAttention, tensor: str) -> tuple[Source, Source]:
+    """Each head's key channels, then its value channels."""
+    nope, value = attention.nope_dim, attention.value_dim
+    return (
+        Source(tensor, block=nope, stride=nope + value),
+        Source(tensor, offset=nope, block=value, stride=nope + value),
+    )
+
+
 def _sources(spec: ModelSpec) -> dict[str, Source]:
-    """kv_b_proj has each head's key channels, then its value channels."""
     attention, at = _latent(spec), "model.layers.{i}.self_attn"
-    nope, both = attention.nope_dim, attention.nope_dim + attention.value_dim
-    kv = Source(f"{at}.kv_b_proj", block=nope, stride=both)
+    k_up, v_up = _fused_kv(attention, f"{at}.kv_b_proj")
     names: dict[str, str | Source] = {
         **llama.NAMES,
         **experts.NAMES,
@@ -179,10 +186,8 @@ def _sources(spec: ModelSpec) -> dict[str, Source]:
         "layers.{i}.attention.q_norm": f"{at}.q_a_layernorm",
         "layers.{i}.attention.kv_down": f"{at}.kv_a_proj_with_mqa",
         "layers.{i}.attention.kv_norm": f"{at}.kv_a_layernorm",
-        "layers.{i}.attention.k_up": kv,
-        "layers.{i}.attention.v_up": Source(
-            kv.tensor, offset=nope, block=attention.value_dim, stride=both
-        ),
+        "layers.{i}.attention.k_up": k_up,
+        "layers.{i}.attention.v_up": v_up,
         "layers.{i}.router.correction": "model.layers.{i}.mlp.gate.e_score_correction_bias",
         "layers.{i}.shared.gate": "model.layers.{i}.mlp.shared_experts.gate_proj",
         "layers.{i}.shared.up": "model.layers.{i}.mlp.shared_experts.up_proj",
@@ -237,8 +242,10 @@ def _gguf_scaling(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _gguf_sources(spec: ModelSpec) -> dict[str, Source]:
-    """The converter parts kv_b_proj, and transposes the keys' half head by head."""
+    """The converter parts kv_b_proj, and transposes the keys' half head by head; at first it left
+    it whole."""
     heads = _latent(spec).heads
+    k_up, v_up = _fused_kv(_latent(spec), "blk.{i}.attn_kv_b")
     names: dict[str, str | Source] = {
         **llama.GGUF_NAMES,
         **experts.GGUF_NAMES,
@@ -249,8 +256,10 @@ def _gguf_sources(spec: ModelSpec) -> dict[str, Source]:
         "layers.{i}.attention.q_norm": "blk.{i}.attn_q_a_norm",
         "layers.{i}.attention.kv_down": "blk.{i}.attn_kv_a_mqa",
         "layers.{i}.attention.kv_norm": "blk.{i}.attn_kv_a_norm",
-        "layers.{i}.attention.k_up": Source("blk.{i}.attn_k_b", parts=heads, transpose=True),
-        "layers.{i}.attention.v_up": Source("blk.{i}.attn_v_b", parts=heads),
+        "layers.{i}.attention.k_up": Source(
+            "blk.{i}.attn_k_b", parts=heads, transpose=True, otherwise=k_up
+        ),
+        "layers.{i}.attention.v_up": Source("blk.{i}.attn_v_b", parts=heads, otherwise=v_up),
         "layers.{i}.router.correction": "blk.{i}.exp_probs_b.bias",
     }
     return sources(spec, names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from shards.models.families import experts, llama
@@ -98,20 +99,30 @@ def _spec(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def _names() -> dict[str, str | Source]:
-    """All experts of a layer are in one tensor, [inputs, outputs] each, gate and up in turn."""
+    """All experts of a layer are in one tensor, gate and up in turn: as published blocks of MXFP4,
+    [outputs, inputs] each, and as transformers trains and saves them [inputs, outputs]."""
     gate_up, down = (f"model.layers.{{i}}.mlp.experts.{part}_proj" for part in ("gate_up", "down"))
     names: dict[str, str | Source] = {
         **llama.NAMES,
         "layers.{i}.attention.sinks.weight": "model.layers.{i}.self_attn.sinks",
         "layers.{i}.router": "model.layers.{i}.mlp.router",
-        "layers.{i}.experts.{e}.down.weight": Source(down, stacked=True, transpose=True),
+        "layers.{i}.experts.{e}.down.weight": Source(
+            f"{down}_blocks",
+            scales=f"{down}_scales",
+            stacked=True,
+            otherwise=Source(down, stacked=True, transpose=True),
+        ),
         "layers.{i}.experts.{e}.down.bias": Source(f"{down}_bias", stacked=True),
     }
     for nth, part in enumerate(("gate", "up")):
-        in_turn = Source(gate_up, stacked=True, offset=nth, block=1, stride=2)
         expert = f"layers.{{i}}.experts.{{e}}.{part}"
-        names[f"{expert}.weight"] = replace(in_turn, transpose=True)
-        names[f"{expert}.bias"] = replace(in_turn, tensor=f"{gate_up}_bias")
+        in_turn = partial(Source, stacked=True, offset=nth, block=1, stride=2)
+        names[f"{expert}.weight"] = in_turn(
+            f"{gate_up}_blocks",
+            scales=f"{gate_up}_scales",
+            otherwise=in_turn(gate_up, transpose=True),
+        )
+        names[f"{expert}.bias"] = in_turn(f"{gate_up}_bias")
     return names
 
 

@@ -112,14 +112,12 @@ def llama_spec(config: Mapping[str, Any]) -> ModelSpec:
     )
 
 
-def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    if metadata.get("llama.expert_count", 0):
-        raise UnsupportedModel(
-            f"GGUF metadata llama.expert_count is {metadata['llama.expert_count']}: "
-            "a mixture of experts; only dense Llama models are known"
-        )
+def gguf_config(
+    metadata: Mapping[str, Any], further: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Of a "llama" file; `further` are the keys that it must have beside Llama's."""
     optional = GGUF_OPTIONAL | {"head_dim": "attention.key_length"}
-    config = gguf_fields(metadata, "llama", GGUF_REQUIRED, optional)
+    config = gguf_fields(metadata, "llama", {**GGUF_REQUIRED, **(further or {})}, optional)
     config["rope_scaling"] = gguf_scaling(metadata, "llama")
     turned = metadata.get("llama.rope.dimension_count")
     if turned is not None and config.setdefault("head_dim", turned) != turned:
@@ -130,10 +128,12 @@ def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def paired_gguf_sources(spec: ModelSpec) -> dict[str, Source]:
+def paired_gguf_sources(
+    spec: ModelSpec, further: Mapping[str, str | Source] | None = None
+) -> dict[str, Source]:
     """llama.cpp turns neighbouring channels and therefore stores the rows of q and k pairwise."""
     head_dim = spec.layers[0].attention.head_dim
-    names: dict[str, str | Source] = {**GGUF_NAMES}
+    names: dict[str, str | Source] = {**GGUF_NAMES, **(further or {})}
     for module in ("layers.{i}.attention.q", "layers.{i}.attention.k"):
         names[module] = Source(GGUF_NAMES[module], rope_rows=head_dim)
     return sources(spec, names)
@@ -147,5 +147,5 @@ FAMILY = Family(
     sources=lambda spec: sources(spec, NAMES),
     prefix="model.",
     ignored=(*IGNORED, r"rope_freqs\.weight"),
-    gguf=GGUFNames("llama", _gguf_config, paired_gguf_sources),
+    gguf=GGUFNames("llama", gguf_config, paired_gguf_sources, experts=False),
 )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shards.models.families import llama
+from shards.models.families import experts, llama
 from shards.models.families.experts import expert_count, top_k
 from shards.models.families.fields import Fields
 from shards.models.families.names import sources
 from shards.models.families.rope import context, rotary
-from shards.models.family import Family
+from shards.models.family import Family, GGUFNames, Source
 from shards.models.spec import (
     Attention,
     FeedForward,
@@ -52,7 +52,7 @@ def _spec(config: Mapping[str, Any]) -> ModelSpec:
     heads, kv_heads = fields.head_counts("num_attention_heads", "num_key_value_heads")
     head_dim = fields.head_dim("hidden_size", "num_attention_heads")
     longest = context(fields)
-    experts = expert_count(fields, "num_local_experts")
+    count = expert_count(fields, "num_local_experts")
     layer = Layer(
         Attention(
             heads,
@@ -63,13 +63,13 @@ def _spec(config: Mapping[str, Any]) -> ModelSpec:
             rotary=rotary(fields, head_dim),
         ),
         MixtureOfExperts(
-            experts,
+            count,
             FeedForward(
                 width=fields.integer("intermediate_size"),
                 activation=fields.activation("hidden_act"),
                 gated=True,
             ),
-            Router(top_k(fields, "num_experts_per_tok", experts), renormalise=True),
+            Router(top_k(fields, "num_experts_per_tok", count), renormalise=True),
         ),
     )
     return ModelSpec(
@@ -84,6 +84,15 @@ def _spec(config: Mapping[str, Any]) -> ModelSpec:
     )
 
 
+def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    further = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+    return llama.gguf_config(metadata, further)
+
+
+def _gguf_sources(spec: ModelSpec) -> dict[str, Source]:
+    return llama.paired_gguf_sources(spec, experts.GGUF_NAMES)
+
+
 FAMILY = Family(
     name="Mixtral",
     architectures=("MixtralForCausalLM",),
@@ -92,4 +101,5 @@ FAMILY = Family(
     sources=lambda spec: sources(spec, _NAMES),
     prefix="model.",
     ignored=llama.IGNORED,
+    gguf=GGUFNames("llama", _gguf_config, _gguf_sources, experts=True),
 )

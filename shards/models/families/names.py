@@ -30,12 +30,17 @@ def sources(spec: ModelSpec, names: Names) -> dict[str, Source]:
         module, _, suffix = name.rpartition(".")
         named, ending = (names[name], "") if name in names else (names[module], f".{suffix}")
         source = Source(named) if isinstance(named, str) else named
-        tensor, scales = (
-            text.replace("{i}", str(i)).replace("{e}", str(e))
-            for text in (source.tensor + ending, source.scales)
-        )
-        found[parameter.name] = replace(source, tensor=tensor, scales=scales)
+        found[parameter.name] = _filled(source, ending, i, e)
     return found
+
+
+def _filled(source: Source, ending: str, layer: int | None, expert: int | None) -> Source:
+    tensor, scales = (
+        text.replace("{i}", str(layer)).replace("{e}", str(expert))
+        for text in (source.tensor + ending, source.scales)
+    )
+    otherwise = source.otherwise and _filled(source.otherwise, ending, layer, expert)
+    return replace(source, tensor=tensor, scales=scales, otherwise=otherwise)
 
 
 def gguf_fields(
