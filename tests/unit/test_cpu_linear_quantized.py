@@ -193,9 +193,9 @@ def test_what_does_not_fit_is_refused() -> None:
     x, y = torch.empty(4, 64), torch.empty(4, 16)
     scratch = torch.empty(scratch_bytes(4, 64), dtype=torch.uint8)
     for arguments, message in (
-        ((x[:, :32], y, scratch), r"x must be float32 \[rows, 64\]"),
-        ((x, y.double(), scratch), r"y must be float32 \[rows, 16\]"),
-        ((x, y.T.contiguous().T, scratch), r"columns adjacent"),
+        ((x[:, :32], y, scratch), r"x \[.*must be \[rows, 64\] of float32"),
+        ((x, y.double(), scratch), r"y \[.*must be \[rows, 16\] of float32"),
+        ((x, y.T.contiguous().T, scratch), r"each row contiguous"),
         ((x, y[:3], scratch), r"x has 4 rows, y 3"),
         ((x, y, scratch[:-1]), rf"too small: give {scratch.nbytes}"),
     ):

@@ -13,9 +13,9 @@ from numba import njit
 
 from shards.kernels.base import Gating
 from shards.kernels.cpu.elementary import normal_times, sigmoid_times
+from shards.kernels.cpu.emission import LANES
 from shards.kernels.cpu.kernel import Header, Instruction, Kernel, operand, share
 from shards.kernels.cpu.simd import (
-    LANES,
     fma,
     load,
     load_f32,

@@ -28,9 +28,10 @@ from shards.kernels.cpu.attention_operands import (
 )
 from shards.kernels.cpu.attention_rows import finish_rows, start_rows, weigh_rows
 from shards.kernels.cpu.attention_tiles import QUERIES, TILE, score_tile, value_tile
+from shards.kernels.cpu.emission import LANES
 from shards.kernels.cpu.kernel import Header, Kernel, operand, share
 from shards.kernels.cpu.paged_cache import bytes_of, copy_cached
-from shards.kernels.cpu.simd import LANES, load_i64, store_i64
+from shards.kernels.cpu.simd import load_i64, store_i64
 
 
 @njit

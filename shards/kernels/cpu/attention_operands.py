@@ -8,8 +8,9 @@ from typing import Any, Final
 from numba import njit
 
 from shards.kernels.cpu.attention_tiles import QUERIES, TILE
+from shards.kernels.cpu.emission import BYTES, LANES
 from shards.kernels.cpu.kernel import operand
-from shards.kernels.cpu.simd import BYTES, LANES, load_i64
+from shards.kernels.cpu.simd import load_i64
 
 # Rows that share a walk through the cache: whole tiles of QUERIES.
 BAND_ROWS: Final = 48

@@ -10,10 +10,9 @@ from numba import njit
 from shards.kernels.cpu.attention_operands import Operand, Part, padded, part_at
 from shards.kernels.cpu.attention_tiles import QUERIES, TILE, exp2_down
 from shards.kernels.cpu.elementary import tanh
+from shards.kernels.cpu.emission import BYTES, LANES
 from shards.kernels.cpu.kernel import operand
 from shards.kernels.cpu.simd import (
-    BYTES,
-    LANES,
     load,
     load_f32,
     load_i64,

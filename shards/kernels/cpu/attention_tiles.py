@@ -16,8 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from shards.kernels.cpu.paged_cache import bytes_of, emits_by_dtype, load_wide
-from shards.kernels.cpu.simd import (
+from shards.kernels.cpu.emission import (
     BYTES,
     F32,
     I8,
@@ -28,12 +27,13 @@ from shards.kernels.cpu.simd import (
     call_llvm,
     constant,
     emits,
-    floats,
     load_ir,
     splat_ir,
     store_ir,
     suffix,
 )
+from shards.kernels.cpu.paged_cache import bytes_of, emits_by_dtype, load_wide
+from shards.kernels.cpu.simd import floats
 
 TILE: Final = 64  # positions
 QUERIES: Final = 6  # rows; their accumulators and operands fill the registers

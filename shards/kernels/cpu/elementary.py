@@ -10,16 +10,8 @@ import numpy as np
 from llvmlite import ir
 from numba import njit
 
-from shards.kernels.cpu.simd import (
-    I32,
-    LANES,
-    constant,
-    emits,
-    exp,
-    floats,
-    fma,
-    splat,
-)
+from shards.kernels.cpu.emission import I32, LANES, constant, emits
+from shards.kernels.cpu.simd import exp, floats, fma, splat
 
 _ONE: Final = np.float32(1)
 _TWO: Final = np.float32(2)

@@ -17,10 +17,10 @@ import torch
 
 from shards.kernels.base import Experts
 from shards.kernels.cpu.barrier import counts, meet
+from shards.kernels.cpu.emission import LANES
 from shards.kernels.cpu.kernel import Header, Instruction, Kernel, call, operand, share
 from shards.kernels.cpu.matrix import CpuMatrix
 from shards.kernels.cpu.simd import (
-    LANES,
     fma,
     load,
     load_f32,

@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from shards.kernels.cpu.simd import (
+from shards.kernels.cpu.emission import (
     BYTES,
     F32,
     I8,
@@ -27,13 +27,13 @@ from shards.kernels.cpu.simd import (
     REGISTERS,
     call_llvm,
     emits,
-    floats,
     load_ir,
     splat_ir,
     store_ir,
     suffix,
     widen_ir,
 )
+from shards.kernels.cpu.simd import floats
 
 PANEL: Final = 4 * LANES
 _LINE: Final = 64  # bytes of a cache line

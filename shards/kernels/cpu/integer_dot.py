@@ -10,16 +10,8 @@ from typing import Final, Protocol
 
 from llvmlite import ir
 
-from shards.kernels.cpu.simd import (
-    FEATURES,
-    I8,
-    I16,
-    LANES,
-    call_llvm,
-    constant,
-    integers,
-    suffix,
-)
+from shards.kernels.cpu.emission import FEATURES, I8, I16, LANES, call_llvm, constant, suffix
+from shards.kernels.cpu.simd import integers
 
 WORDS: Final = integers.ir
 BYTE_LANES: Final = ir.VectorType(I8, 4 * LANES)
@@ -112,7 +104,7 @@ class _Pairs:
 def _in_order(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """The same value, computed here: LLVM would start many sums and spill them."""
     signature = ir.FunctionType(value.type, [value.type])
-    return builder.asm(signature, "", "=x,0", [value], side_effect=True)
+    return builder.asm(signature, "", "=v,0", [value], side_effect=True)
 
 
 def _with_sign(builder: ir.IRBuilder, x: ir.Value, signed: ir.Value) -> ir.Value:

@@ -23,7 +23,7 @@ from typing import Final
 
 import torch
 
-from shards.kernels.cpu.simd import LANES, REGISTERS
+from shards.kernels.cpu.emission import LANES, REGISTERS
 from shards.quantization.packing import unpack
 from shards.quantization.scheme import BLOCK, INT4, INT4_MINIMUM, INT6, INT8, Scheme
 from shards.quantization.tensor import QuantizedTensor

@@ -16,6 +16,25 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from shards.kernels.cpu.emission import (
+    BYTES,
+    F16,
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    call_llvm,
+    constant,
+    emits,
+    load_ir,
+    prefetch_ir,
+    splat_ir,
+    store_ir,
+    suffix,
+    widen_ir,
+)
 from shards.kernels.cpu.integer_dot import BYTE_LANES, DOT, WORDS
 from shards.kernels.cpu.integer_panels import (
     PANEL,
@@ -29,26 +48,7 @@ from shards.kernels.cpu.integer_panels import (
     groups_of,
     zero_of,
 )
-from shards.kernels.cpu.simd import (
-    BYTES,
-    F16,
-    F32,
-    I8,
-    I16,
-    I32,
-    I64,
-    LANES,
-    call_llvm,
-    constant,
-    emits,
-    floats,
-    load_ir,
-    prefetch_ir,
-    splat_ir,
-    store_ir,
-    suffix,
-    widen_ir,
-)
+from shards.kernels.cpu.simd import floats
 from shards.quantization.scheme import BLOCK, Scheme
 
 # Bytes ahead of the weights in use that memory is read. Without it the processor's own prefetching

@@ -19,7 +19,8 @@ from llvmlite import ir
 from numba import types
 
 from shards import compile_cache  # noqa: F401 - sets where what follows is kept
-from shards.kernels.cpu.simd import I64, emits, load_i64
+from shards.kernels.cpu.emission import I64, emits
+from shards.kernels.cpu.simd import load_i64
 
 
 class Header(IntEnum):

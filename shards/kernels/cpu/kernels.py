@@ -13,11 +13,12 @@ from shards.collectives.base import Collective
 from shards.kernels.base import Decodes, Limits, Weight
 from shards.kernels.cpu import matrix
 from shards.kernels.cpu.arena import Arena
+from shards.kernels.cpu.inputs import Inputs
 from shards.kernels.cpu.kernel import Header
 from shards.kernels.cpu.matrix import CpuMatrix
 from shards.kernels.cpu.paged_cache import allocate_cache
 from shards.kernels.cpu.program import Program
-from shards.kernels.cpu.recorder import Inputs, Recorder
+from shards.kernels.cpu.recorder import Recorder
 from shards.kv_cache import LayerCache
 from shards.timing import PhaseTimer
 
@@ -86,6 +87,7 @@ class ProgramExecutor:
         integers: bool,
     ) -> None:
         self._inputs = Inputs(limits)
+        self._block_size = caches[0].keys.shape[2]
         forward = Recorder(self._inputs, limits, collective, threads, integers=integers)
         hidden_TD = decoder.hidden(forward, caches)
         self._forward = Program(forward.steps, threads, forward.check)
@@ -102,7 +104,8 @@ class ProgramExecutor:
         inputs.offsets[:rows] = batch.offsets_T
         inputs.spans[:spans] = batch.spans_S4
         inputs.spans[:spans, 3] = np.arange(spans)
-        inputs.tables[:spans] = batch.tables[batch.spans_S4[:, 3]]
+        width = -(-int(batch.spans_S4[:, 2].max()) // self._block_size)
+        inputs.tables[:spans, :width] = batch.tables[batch.spans_S4[:, 3], :width]
         inputs.batch = batch
         header = self._forward.header
         header[Header.ROWS] = rows

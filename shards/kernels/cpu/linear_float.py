@@ -17,6 +17,8 @@ import numba
 import numpy as np
 import torch
 
+from shards.kernels.cpu.checks import check_rows
+from shards.kernels.cpu.emission import LANES
 from shards.kernels.cpu.float_tiles import (
     PANEL,
     TILE_ROWS,
@@ -31,7 +33,6 @@ from shards.kernels.cpu.float_tiles import (
 )
 from shards.kernels.cpu.kernel import Header, Instruction, Kernel, operand, share
 from shards.kernels.cpu.simd import (
-    LANES,
     load_f32,
     load_i32,
     load_i64,
@@ -112,8 +113,8 @@ def linear(
     x and y are float32 and do not overlap; either may be columns of a wider buffer. Raises
     ValueError for buffers of another shape or dtype.
     """
-    _check("x", x_RK, packed.inputs)
-    _check("y", y_RO, packed.outputs)
+    check_rows("x", x_RK, packed.inputs)
+    check_rows("y", y_RO, packed.outputs)
     if bias_O is not None:
         if bias_O.shape != (packed.outputs,):
             raise ValueError(f"bias {list(bias_O.shape)}: must be [{packed.outputs}]")
@@ -142,7 +143,7 @@ def embed(
     `tokens` are int32 or int64; x is float32. Raises ValueError for buffers of another shape or
     dtype.
     """
-    _check("x", x_RK, packed.inputs)
+    check_rows("x", x_RK, packed.inputs)
     if tokens_R.dtype not in (torch.int32, torch.int64) or not tokens_R.is_contiguous():
         raise ValueError(f"tokens of {tokens_R.dtype}: must be contiguous int32 or int64")
     operands = (
@@ -157,14 +158,6 @@ def embed(
     )
     kernel = _KERNELS[packed.panels_PKN.dtype].embed
     return (Instruction(kernel, operands, (packed, tokens_R, x_RK)),)
-
-
-def _check(name: str, buffer: torch.Tensor, width: int) -> None:
-    if buffer.dtype != torch.float32 or buffer.shape[1:] != (width,) or buffer.stride(-1) != 1:
-        raise ValueError(
-            f"{name} {list(buffer.shape)} of {buffer.dtype}, strides {buffer.stride()}: must be"
-            f" [rows, {width}] of float32, each row contiguous"
-        )
 
 
 @numba.njit

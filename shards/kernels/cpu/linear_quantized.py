@@ -13,6 +13,8 @@ from typing import Any, Final
 import torch
 from numba import njit
 
+from shards.kernels.cpu.checks import check_pair, check_rows
+from shards.kernels.cpu.emission import BYTES, LANES
 from shards.kernels.cpu.integer_panels import (
     PANEL,
     SCHEMES,
@@ -29,17 +31,7 @@ from shards.kernels.cpu.integer_panels import (
 )
 from shards.kernels.cpu.integer_tiles import load_half, quantize_block, tile, tile_buffer
 from shards.kernels.cpu.kernel import Header, Instruction, Kernel, operand, share
-from shards.kernels.cpu.simd import (
-    BYTES,
-    LANES,
-    load,
-    load_i64,
-    load_part,
-    load_u8,
-    store,
-    store_f32,
-    store_part,
-)
+from shards.kernels.cpu.simd import load, load_i64, load_part, load_u8, store, store_f32, store_part
 from shards.quantization.scheme import BLOCK
 
 __all__ = ["PackedQuantized", "embed", "linear", "pack_quantized", "scratch_bytes"]
@@ -98,7 +90,7 @@ class _Multiply(IntEnum):
 
 
 @njit
-def _finish(tile: Any, rows: Any, y: Any, y_bytes: Any, bias: Any, add: Any, outputs: Any) -> None:
+def finish(tile: Any, rows: Any, y: Any, y_bytes: Any, bias: Any, add: Any, outputs: Any) -> None:
     """y = tile (+ bias) (+ y) of a panel, of whose outputs there are `outputs`."""
     for row in range(rows):
         for vector in range(VECTORS):
@@ -155,7 +147,7 @@ def _multiply(scheme: int) -> Kernel:
                         tile(scheme, 1, panel, record, out, blocks)
                     at = y + row * y_bytes + 4 * output
                     panel_bias = bias + 4 * output if bias != 0 else 0
-                    _finish(out, count, at, y_bytes, panel_bias, add, outputs - output)
+                    finish(out, count, at, y_bytes, panel_bias, add, outputs - output)
                     row += count
         return 0
 
@@ -246,15 +238,10 @@ def linear(
     may use in turn; `bias` floats [outputs], as it is now.
     Raises `ValueError` where a shape or dtype does not fit.
     """
-    _check("x", x, packed.inputs)
-    _check("y", y, packed.outputs)
-    if len(x) != len(y):
-        raise ValueError(f"x has {len(x)} rows, y {len(y)}: they must have as many")
+    check_pair(x, y, bias, inputs=packed.inputs, outputs=packed.outputs)
     needed = scratch_bytes(len(x), packed.inputs)
     if scratch.nbytes < needed:
         raise ValueError(f"scratch of {scratch.nbytes} bytes is too small: give {needed}")
-    if bias is not None and bias.shape != (packed.outputs,):
-        raise ValueError(f"bias {list(bias.shape)} does not fit {packed.outputs} outputs")
     blocks = packed.inputs // BLOCK
     of_tile = TILE_ROWS * blocks * Record.END
     bias_padded = None if bias is None else _padded(bias)
@@ -285,7 +272,7 @@ def embed(
     `tokens` int64 [rows], `x` float32 [rows, inputs]; for every row of the step.
     Raises `ValueError` where a shape or dtype does not fit.
     """
-    _check("x", x, packed.inputs)
+    check_rows("x", x, packed.inputs)
     if tokens.dtype != torch.int64 or tokens.shape != (len(x),) or tokens.stride(0) != 1:
         raise ValueError(f"tokens must be int64 [{len(x)}], contiguous, not {_described(tokens)}")
     operands = (
@@ -302,15 +289,6 @@ def embed(
 
 def _padded(bias: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(bias.float(), (0, -len(bias) % PANEL))
-
-
-def _check(name: str, matrix: torch.Tensor, width: int) -> None:
-    fits = matrix.dtype == torch.float32 and matrix.dim() == 2 and matrix.shape[1] == width
-    if not fits or matrix.stride(1) != 1:
-        raise ValueError(
-            f"{name} must be float32 [rows, {width}], its columns adjacent, "
-            f"not {_described(matrix)}"
-        )
 
 
 def _described(matrix: torch.Tensor) -> str:

@@ -10,25 +10,17 @@ from enum import IntEnum
 from typing import Any, Final
 
 import torch
-from numba import njit
 
+from shards.kernels.cpu.checks import check_pair
 from shards.kernels.cpu.integer_panels import (
     PANEL,
     SCHEMES,
-    VECTORS,
     PackedQuantized,
     block_bytes,
 )
 from shards.kernels.cpu.kernel import Header, Instruction, Kernel, operand, share
-from shards.kernels.cpu.simd import (
-    BYTES,
-    LANES,
-    load,
-    load_i64,
-    load_part,
-    store,
-    store_part,
-)
+from shards.kernels.cpu.linear_quantized import finish
+from shards.kernels.cpu.simd import load_i64
 from shards.kernels.cpu.widened_tiles import TILE_ROWS, tile_buffer, widening_tile
 from shards.quantization.scheme import BLOCK, Scheme
 
@@ -50,26 +42,6 @@ class _Multiply(IntEnum):
     BIAS = 8  # float32, whole panels; or 0
     ADD = 9  # 1 where y is added to
     CACHED_ROWS = 10  # rows that meet all weights before the next do
-
-
-@njit
-def _finish(tile: Any, rows: Any, y: Any, y_bytes: Any, bias: Any, add: Any, outputs: Any) -> None:
-    """y = tile (+ bias) (+ y) of a panel, of whose outputs there are `outputs`."""
-    for row in range(rows):
-        for vector in range(VECTORS):
-            offset, left = vector * BYTES, outputs - vector * LANES
-            at = y + row * y_bytes + offset
-            total = load(tile + (row * VECTORS + vector) * BYTES)
-            if bias != 0:
-                total = total + load(bias + offset)
-            if left >= LANES:
-                if add:
-                    total = total + load(at)
-                store(at, total)
-            elif left > 0:
-                if add:
-                    total = total + load_part(at, left)
-                store_part(at, total, left)
 
 
 def _multiply(scheme: Scheme) -> Kernel:
@@ -97,7 +69,7 @@ def _multiply(scheme: Scheme) -> Kernel:
                     row, end = start + count * i // tiles, start + count * (i + 1) // tiles
                     tile(end - row, blocks, panel, x + row * x_bytes, x_bytes, out)
                     at = y + row * y_bytes + 4 * output
-                    _finish(out, end - row, at, y_bytes, panel_bias, add, outputs - output)
+                    finish(out, end - row, at, y_bytes, panel_bias, add, outputs - output)
         return 0
 
     return Kernel(multiply)
@@ -120,16 +92,7 @@ def linear(
     `x` float32 [rows, inputs] and `y` float32 [rows, outputs] may be slices of wider buffers along
     their columns; `bias` floats [outputs], as it is now. Raises `ValueError` for other shapes.
     """
-    for name, buffer, width in (("x", x, packed.inputs), ("y", y, packed.outputs)):
-        if buffer.dtype != torch.float32 or buffer.shape[1:] != (width,) or buffer.stride(-1) != 1:
-            raise ValueError(
-                f"{name} {list(buffer.shape)} of {buffer.dtype}, strides {buffer.stride()}: must "
-                f"be [rows, {width}] of float32, each row contiguous"
-            )
-    if len(x) != len(y):
-        raise ValueError(f"x has {len(x)} rows, y {len(y)}: they must have as many")
-    if bias is not None and bias.shape != (packed.outputs,):
-        raise ValueError(f"bias {list(bias.shape)} does not fit {packed.outputs} outputs")
+    check_pair(x, y, bias, inputs=packed.inputs, outputs=packed.outputs)
     if bias is not None:
         bias = torch.nn.functional.pad(bias.float(), (0, -len(bias) % PANEL))
     cached = max(1, _CACHED_BYTES // (4 * packed.inputs * TILE_ROWS)) * TILE_ROWS

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from shards.kernels.cpu.elementary import tanh
+from shards.kernels.cpu.emission import LANES
 from shards.kernels.cpu.kernel import Header, Instruction, Kernel, operand, share
-from shards.kernels.cpu.simd import LANES, load_f32, load_part, splat, store_part
+from shards.kernels.cpu.simd import load_f32, load_part, splat, store_part
 
 
 class Operand(IntEnum):

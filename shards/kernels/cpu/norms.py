@@ -11,17 +11,9 @@ import torch
 from numba import njit
 
 from shards.kernels.base import Norm
+from shards.kernels.cpu.emission import LANES
 from shards.kernels.cpu.kernel import Header, Instruction, Kernel, operand, share
-from shards.kernels.cpu.simd import (
-    LANES,
-    fma,
-    load,
-    load_f32,
-    splat,
-    store,
-    store_f32,
-    sum_lanes,
-)
+from shards.kernels.cpu.simd import fma, load, load_f32, splat, store, store_f32, sum_lanes
 
 _ZERO: Final = np.float32(0)
 _ONE: Final = np.float32(1)

@@ -14,17 +14,17 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from shards.kernels.cpu.simd import (
+from shards.kernels.cpu.emission import (
     F32,
     I16,
     LANES,
     constant,
-    floats,
     load_ir,
     narrow_ir,
     store_ir,
     widen_ir,
 )
+from shards.kernels.cpu.simd import floats
 from shards.kv_cache import LayerCache, zeros
 
 # Numba keeps a compiled closure on disk only where plain constants tell it from its sisters, so

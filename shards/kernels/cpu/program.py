@@ -21,18 +21,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from shards.collectives.kernel_parts import load_acquire, store_release
+from shards.kernels.cpu.barrier import counts, meet
+from shards.kernels.cpu.emission import I32, I64
 from shards.kernels.cpu.kernel import Header, Instruction, call
-from shards.kernels.cpu.simd import I32, I64, load_i64, store_i64
+from shards.kernels.cpu.simd import load_i64, store_i64
 from shards.timing import PHASES, Phase, PhaseTimer
 
 # Of a program's table, int64 per instruction: kernel, operands, phase.
 _FIELDS = 3
-# What threads share, in int64: the status, then a cache line for each one's count of barriers.
-_LINE = 8
-# A barrier is short unless another process has the core.
-_SPINS = 2000
-
-_sched_yield = types.ExternalFunction("sched_yield", types.int32())
 _CLOCK_MONOTONIC = 1
 
 
@@ -52,37 +48,31 @@ def _now(_context: Any) -> Any:
     return types.int64(), generate
 
 
-@njit(nogil=True)
-def _meet(shared: Any, count: Any, thread: Any, threads: Any) -> None:
-    """Wait until every thread has come here `count` times."""
-    store_release(shared + 64 * (thread + 1), count)
-    for other in range(threads):
-        spins = 0
-        while load_acquire(shared + 64 * (other + 1)) < count:
-            spins += 1
-            if spins > _SPINS:
-                _sched_yield()
-
-
 @njit(nogil=True, cache=True)
 def _run(
-    table: Any, count: Any, step: Any, nanoseconds: Any, shared: Any, thread: Any, threads: Any
+    table: Any,
+    count: Any,
+    step: Any,
+    nanoseconds: Any,
+    failure: Any,
+    met: Any,
+    thread: Any,
+    threads: Any,
 ) -> Any:
     """Run `count` instructions; returns 0 or the status of the one that ended it.
 
-    Thread 0 adds up the nanoseconds of each phase.
+    Thread 0 adds up the nanoseconds of each phase. `failure` is a status that threads share, `met`
+    where they meet (`barrier.counts`).
     """
-    barriers = load_i64(shared + 64 * (thread + 1))
     began = _now()
     for i in range(count):
         entry = table + 24 * i
         status = call(load_i64(entry), load_i64(entry + 8), step, thread, threads)
         if threads > 1:
             if status != 0:
-                store_release(shared, status)
-            barriers += 1
-            _meet(shared, barriers, thread, threads)
-            status = load_acquire(shared)
+                store_release(failure, status)
+            meet(met, thread, threads)
+            status = load_acquire(failure)
         if status != 0:
             return status
         phase = load_i64(entry + 16)
@@ -114,7 +104,8 @@ class Program:
         self._check = check
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
-        self._shared = np.zeros((threads + 1) * _LINE, np.int64)
+        self._failure = np.zeros(1, np.int64)
+        self._met = counts(threads)
         self._nanoseconds = np.zeros(len(PHASES), np.int64)
         self._parts = _parts(steps)
 
@@ -133,17 +124,14 @@ class Program:
                 timer.credit(phase, spent * 1e-9)
         self._nanoseconds[:] = 0
 
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-
     def _execute(self, stretch: _Stretch) -> int:
         arguments = (
             stretch.table.ctypes.data,
             len(stretch.table),
             self.header.ctypes.data,
             self._nanoseconds.ctypes.data,
-            self._shared.ctypes.data,
+            self._failure.ctypes.data,
+            self._met.ctypes.data,
         )
         if self._pool is None:
             return _run(*arguments, 0, 1)

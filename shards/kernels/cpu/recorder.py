@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 
-from shards.batch import Batch
 from shards.collectives.base import Collective
 from shards.collectives.shared_memory import SharedMemory
 from shards.kernels.base import (
@@ -27,33 +25,16 @@ from shards.kernels.base import (
     Rotation,
 )
 from shards.kernels.cpu import activations, fallbacks, matrix, norms, reduce, rotary, rows
-from shards.kernels.cpu.attention import AttentionScratch, attention
+from shards.kernels.cpu.attention import attention
+from shards.kernels.cpu.buffers import Buffers
 from shards.kernels.cpu.experts import Pairs, add_weighed, each_expert, gather, routing
+from shards.kernels.cpu.inputs import Inputs
 from shards.kernels.cpu.kernel import Header, Instruction
 from shards.kernels.cpu.logits import shape_logits
 from shards.kernels.cpu.matrix import CpuMatrix
 from shards.kernels.cpu.program import Step
 from shards.kv_cache import LayerCache
 from shards.timing import Phase
-
-
-class Inputs:
-    """Where a step's numbers lie; see `shards.batch.Batch`. `sampled`: the rows of the logits."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.tokens, self.positions, self.blocks, self.offsets = np.zeros(
-            (4, limits.rows), np.int64
-        )
-        self.spans = np.zeros((limits.rows, 4), np.int64)
-        self.tables = np.zeros((limits.sequences, limits.blocks), np.int64)
-        self.sampled = np.zeros(limits.sampled, np.int64)
-        self.batch: Batch | None = None
-
-    def current(self) -> Batch:
-        """The step that is being computed, for what does not read it from buffers."""
-        if self.batch is None:
-            raise RuntimeError("asked to compute before a step")
-        return self.batch
 
 
 class Recorder:
@@ -78,11 +59,8 @@ class Recorder:
         self._collective = collective
         self._threads = threads
         self._integers = integers
-        self._buffers: dict[tuple[str, int], torch.Tensor] = {}
-        self._rooms: dict[int, torch.Tensor] = {}
+        self._buffers = Buffers(limits, threads)
         self._turns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._scratch: dict[int, AttentionScratch] = {}
-        self._routed: dict[tuple[int, int], Pairs] = {}
 
     def check(self, status: int) -> None:
         """Only a collective's instruction ever fails."""
@@ -92,7 +70,7 @@ class Recorder:
     def embed(
         self, embedding: Embedding[CpuMatrix], positions: PositionTable | None
     ) -> torch.Tensor:
-        x_TD = self._buffer("hidden", embedding.matrix.inputs)
+        x_TD = self._buffers.rows("hidden", embedding.matrix.inputs)
         tokens = torch.from_numpy(self._inputs.tokens)
         self._add("embed", matrix.embed(embedding.matrix, tokens, x_TD, embedding.first))
         self._all_reduce(x_TD)
@@ -118,7 +96,7 @@ class Recorder:
         rotation: Rotation | None,
         cache: LayerCache,
     ) -> torch.Tensor:
-        joined = self._buffer("qkv", qkv.matrix.outputs)
+        joined = self._buffers.rows("qkv", qkv.matrix.outputs)
         self._linear("attention", qkv, self._normed("attention", x_TD, norm), joined)
         if head_norms is not None:
             self._norm_heads(joined, pattern, cache.keys.shape[3], head_norms)
@@ -138,7 +116,7 @@ class Recorder:
         return joined[:, : pattern.heads * cache.keys.shape[3]]
 
     def attend(self, q_TN: torch.Tensor, pattern: Pattern, cache: LayerCache) -> torch.Tensor:
-        out = self._buffer("attended", q_TN.shape[1])
+        out = self._buffers.rows("attended", q_TN.shape[1])
         if pattern.mask != "causal":
             call = fallbacks.attend(q_TN, out, pattern, cache, self._inputs.current)
             self.steps.append(("attention", call))
@@ -152,7 +130,7 @@ class Recorder:
                 pattern,
                 torch.from_numpy(self._inputs.spans),
                 torch.from_numpy(self._inputs.tables),
-                self._attention_scratch(cache),
+                self._buffers.attention(cache.keys.shape[3]),
                 softcap=pattern.softcap,
                 sinks=pattern.sinks,
                 slopes=pattern.slopes,
@@ -170,15 +148,15 @@ class Recorder:
         cache: LayerCache,
     ) -> torch.Tensor:
         width = cache.keys.shape[3]
-        down = self._buffer("latents", latent.down.matrix.outputs)
+        down = self._buffers.rows("latents", latent.down.matrix.outputs)
         self._linear("attention", latent.down, self._normed("attention", x_TD, norm), down)
         queries = down[:, :-width]
         if latent.query is not None:
             through = self._normed("attention", queries, latent.query_norm)
-            queries = self._buffer("queries", latent.query.matrix.outputs)
+            queries = self._buffers.rows("queries", latent.query.matrix.outputs)
             self._linear("attention", latent.query, through, queries)
         heads, value_dim, _ = latent.value_up.shape
-        out = self._buffer("attended", heads * value_dim)
+        out = self._buffers.rows("attended", heads * value_dim)
         call = fallbacks.attend_latent(
             queries,
             down[:, -width:],
@@ -204,13 +182,13 @@ class Recorder:
         normed_TD = self._normed("ffn", x_TD, norm)
         token_gates = None
         if token_gate is not None:
-            token_gates = self._buffer("token gates", 1)
+            token_gates = self._buffers.rows("token gates", 1)
             self._linear("ffn", Linear(token_gate), normed_TD, token_gates)
-        raw = self._buffer("expanded", up.matrix.outputs)
+        raw = self._buffers.rows("expanded", up.matrix.outputs)
         self._linear("ffn", up, normed_TD, raw)
         h_TF = raw
         if gating.gated:
-            h_TF = self._buffer("channels", up.matrix.outputs // 2)
+            h_TF = self._buffers.rows("channels", up.matrix.outputs // 2)
         self._add("ffn", activations.activate(gating, raw, h_TF, token_gates=token_gates))
         return h_TF
 
@@ -218,11 +196,11 @@ class Recorder:
         self, x_TD: torch.Tensor, norm: Norm | None, experts: Experts[CpuMatrix]
     ) -> torch.Tensor:
         normed_TD = self._normed("ffn", x_TD, norm)
-        logits_TE = self._buffer("router", experts.router.outputs)
+        logits_TE = self._buffers.rows("router", experts.router.outputs)
         self._linear("ffn", Linear(experts.router, experts.router_bias), normed_TD, logits_TE)
-        pairs = self._pairs(experts)
+        pairs = self._buffers.pairs(experts.count, experts.choice.top_k)
         self.steps.append(("ffn", routing(experts, logits_TE, pairs)))
-        mixed_TD = self._buffer("mixed", x_TD.shape[1])
+        mixed_TD = self._buffers.rows("mixed", x_TD.shape[1])
         self._add("ffn", rows.scale(mixed_TD, 0.0))
         each = [self._expert(experts, e, pairs, normed_TD, mixed_TD) for e in range(experts.count)]
         self._add("ffn", (each_expert(each, pairs, self._threads),))
@@ -258,8 +236,8 @@ class Recorder:
 
     def logits(self, x_TD: torch.Tensor, head: Head[CpuMatrix]) -> torch.Tensor:
         limit = self._limits.sampled
-        rows_SD = self._buffer("sampled", x_TD.shape[1], limit)
-        logits_SV = self._buffer("logits", head.linear.matrix.outputs, limit)
+        rows_SD = self._buffers.rows("sampled", x_TD.shape[1], limit)
+        logits_SV = self._buffers.rows("logits", head.linear.matrix.outputs, limit)
         at = torch.from_numpy(self._inputs.sampled)
         self._add("output", rows.gather_rows(x_TD, at, rows_SD))
         self._add("output", norms.norm(head.norm, rows_SD, rows_SD, rows=Header.SAMPLED))
@@ -293,16 +271,16 @@ class Recorder:
         up_bias, down_bias = (
             None if bias is None else bias[e] for bias in (experts.up_bias, experts.down_bias)
         )
-        x = self._buffer("expert's tokens", x_TD.shape[1])
-        raw = h = self._buffer("expert's expanded", up.outputs)
+        x = self._buffers.rows("expert's tokens", x_TD.shape[1])
+        raw = h = self._buffers.rows("expert's expanded", up.outputs)
         if experts.gating.gated:
-            h = self._buffer("expert's channels", up.outputs // 2)
-        y = self._buffer("expert's answers", down.outputs)
+            h = self._buffers.rows("expert's channels", up.outputs // 2)
+        y = self._buffers.rows("expert's answers", down.outputs)
         return [
             gather(pairs, e, x_TD, x),
-            *matrix.linear(up, x, raw, self._room, integers=self._integers, bias=up_bias),
+            *matrix.linear(up, x, raw, self._buffers.room, integers=self._integers, bias=up_bias),
             *activations.activate(experts.gating, raw, h),
-            *matrix.linear(down, h, y, self._room, integers=self._integers, bias=down_bias),
+            *matrix.linear(down, h, y, self._buffers.room, integers=self._integers, bias=down_bias),
             add_weighed(pairs, e, y, sums_TD),
         ]
 
@@ -314,7 +292,7 @@ class Recorder:
         if first.out is None:
             share_TD = first.values
         else:
-            share_TD = self._buffer("partial", first.out.matrix.outputs)
+            share_TD = self._buffers.rows("partial", first.out.matrix.outputs)
             self._out(phase, first, share_TD, with_biases, add=False)
         for part in others:
             self._out(phase, part, share_TD, with_biases, add=True)
@@ -352,7 +330,7 @@ class Recorder:
             linear.matrix,
             x,
             y,
-            self._room,
+            self._buffers.room,
             integers=self._integers,
             bias=linear.bias,
             rows=counted,
@@ -363,7 +341,7 @@ class Recorder:
     def _normed(self, phase: Phase, x_TD: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         if norm is None:
             return x_TD
-        normed_TD = self._buffer("normed", x_TD.shape[1])
+        normed_TD = self._buffers.rows("normed", x_TD.shape[1])
         self._add(phase, norms.norm(norm, x_TD, normed_TD))
         return normed_TD
 
@@ -381,8 +359,8 @@ class Recorder:
         found = self._turns.get(id(rotation))
         if found is None:
             pairs = rotation.inverse.numel()
-            cos = self._buffer(f"cos {len(self._turns)}", pairs)
-            sin = self._buffer(f"sin {len(self._turns)}", pairs)
+            cos = self._buffers.rows(f"cos {len(self._turns)}", pairs)
+            sin = self._buffers.rows(f"sin {len(self._turns)}", pairs)
             positions = torch.from_numpy(self._inputs.positions)
             self._add(
                 "embed",
@@ -390,30 +368,6 @@ class Recorder:
             )
             found = self._turns[id(rotation)] = cos, sin
         return found
-
-    def _buffer(self, name: str, width: int, rows: int | None = None) -> torch.Tensor:
-        found = self._buffers.get((name, width))
-        if found is None:
-            found = torch.zeros(rows or self._limits.rows, width)
-            self._buffers[name, width] = found
-        return found
-
-    def _room(self, size: int) -> torch.Tensor:
-        if size not in self._rooms:
-            self._rooms[size] = torch.empty(size, dtype=torch.uint8)
-        return self._rooms[size]
-
-    def _pairs(self, experts: Experts[CpuMatrix]) -> Pairs:
-        key = experts.count, self._limits.rows * experts.choice.top_k
-        if key not in self._routed:
-            self._routed[key] = Pairs(*key)
-        return self._routed[key]
-
-    def _attention_scratch(self, cache: LayerCache) -> AttentionScratch:
-        head_dim = cache.keys.shape[3]
-        if head_dim not in self._scratch:
-            self._scratch[head_dim] = AttentionScratch(head_dim, self._threads)
-        return self._scratch[head_dim]
 
 
 def _in_python(group: Collective, x_TD: torch.Tensor) -> Callable[[int], None]:

@@ -12,11 +12,9 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 
+from shards.kernels.cpu.emission import I64, LANES, emits
 from shards.kernels.cpu.kernel import Header, Instruction, Kernel, operand, share
 from shards.kernels.cpu.simd import (
-    I64,
-    LANES,
-    emits,
     exp,
     floats,
     load,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numba import njit
 
+from shards.kernels.cpu.emission import LANES
 from shards.kernels.cpu.kernel import Header, Instruction, Kernel, operand, share
 from shards.kernels.cpu.paged_cache import (
     bytes_of,
@@ -20,15 +21,7 @@ from shards.kernels.cpu.paged_cache import (
     scatter_cached,
     store_cached,
 )
-from shards.kernels.cpu.simd import (
-    LANES,
-    load,
-    load_f32,
-    load_i64,
-    load_part,
-    store,
-    store_f32,
-)
+from shards.kernels.cpu.simd import load, load_f32, load_i64, load_part, store, store_f32
 from shards.kv_cache import LayerCache
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numba import njit
 
+from shards.kernels.cpu.emission import LANES
 from shards.kernels.cpu.kernel import Header, Instruction, Kernel, operand, share
 from shards.kernels.cpu.simd import (
-    LANES,
     fma,
     fma_scalar,
     load,

@@ -16,17 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from shards.kernels.cpu.integer_dot import BYTE_LANES, WORDS
-from shards.kernels.cpu.integer_panels import (
-    PANEL,
-    STEPS,
-    VECTORS,
-    block_bytes,
-    code_bytes,
-    groups_of,
-    zero_of,
-)
-from shards.kernels.cpu.simd import (
+from shards.kernels.cpu.emission import (
     BYTES,
     F32,
     I16,
@@ -37,7 +27,6 @@ from shards.kernels.cpu.simd import (
     call_llvm,
     constant,
     emits,
-    floats,
     load_ir,
     prefetch_ir,
     splat_ir,
@@ -45,6 +34,17 @@ from shards.kernels.cpu.simd import (
     suffix,
     widen_ir,
 )
+from shards.kernels.cpu.integer_dot import BYTE_LANES, WORDS
+from shards.kernels.cpu.integer_panels import (
+    PANEL,
+    STEPS,
+    VECTORS,
+    block_bytes,
+    code_bytes,
+    groups_of,
+    zero_of,
+)
+from shards.kernels.cpu.simd import floats
 from shards.quantization.scheme import BLOCK, Scheme
 
 # A tile's sums leave room for codes, for one input's weights widened, and for an activation.
