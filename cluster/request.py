@@ -58,6 +58,24 @@ class BeamParams:
     early_stopping: bool = False
 
 
+class Language(enum.StrEnum):
+    """What kind of language a constraint's texts belong to."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+    CHOICES = "choices"
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What the generated text has to be: `source` is one schema, expression or grammar, or all the
+    choices."""
+
+    language: Language
+    source: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One prompt and `n` samples of its continuation.
@@ -80,6 +98,7 @@ class Request:
     cache: bool = True
     cache_salt: str = ""
     beams: BeamParams | None = None
+    constraint: Constraint | None = None
 
 
 class FinishReason(enum.StrEnum):
@@ -152,7 +171,8 @@ class HealthState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RankHealth:
-    """`since` is unix time; `cause` is empty while READY."""
+    """`since` is unix time; `cause` is empty while READY; `replica` names the copy of the model,
+    where there are several."""
 
     rank: int
     host: str
@@ -160,6 +180,7 @@ class RankHealth:
     state: HealthState
     cause: str
     since: float
+    replica: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +222,7 @@ class RankInfo:
     vocabulary: tuple[int, int]
     weight_bytes: int
     kv_bytes: int
+    replica: str = ""
 
 
 @dataclass(frozen=True, slots=True)

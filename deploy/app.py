@@ -30,8 +30,9 @@ from cluster.driver import Driver
 from cluster.request import HealthState
 from cluster.shard_group import LocalRay, RayLauncher, bundles, local_cpus
 from deploy.args import AppArgs, LocalRun
-from deploy.edge.control import ServerFacts
+from deploy.edge.models import Models, Served, ServerFacts
 from deploy.edge.server import Edge
+from deploy.edge.text import Texts
 from deploy.preflight import require_gpus
 from deploy.start_report import Failed, Progress, Ready, report
 from deploy.telemetry import configure_logging
@@ -65,7 +66,8 @@ class Replica:
             group = ray.util.get_current_placement_group()
             launcher = RayLauncher(args.cluster, group, first_bundle=1)
             await asyncio.to_thread(driver.start, launcher, _report_progress)
-            edge = Edge(driver, driver.codec, args.server, _facts(args, driver))
+            texts = Texts(driver.codec, driver.model)
+            edge = Edge(Models(Served(driver, texts, _facts(args, driver))), args.server)
             await edge.start()
             self._edge = edge
         except Exception as error:

@@ -8,18 +8,22 @@ report together with its own.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from cluster.errors import Violation
+from cluster.errors import InvalidRequest, Violation
 from cluster.request import (
     BeamParams,
+    Constraint,
     FinishReason,
     Health,
     HealthState,
+    Language,
     Load,
     ModelInfo,
     RankInfo,
@@ -28,6 +32,7 @@ from cluster.request import (
     Timing,
     Usage,
 )
+from deploy.conversation import Conversation
 from headwise.v1 import control_pb2, inference_pb2
 from shards.contract import Logprobs
 
@@ -101,9 +106,87 @@ def beam_params(message: inference_pb2.GenerateRequest) -> BeamParams | None:
     return BeamParams(beams.width, **given)
 
 
-def chat_messages(messages: Iterable[inference_pb2.ChatMessage]) -> list[Mapping[str, str]]:
-    """A conversation as chat templates take it."""
-    return [{"role": message.role, "content": message.content} for message in messages]
+def constraint(
+    message: inference_pb2.GenerateRequest,
+) -> tuple[Constraint | None, list[Violation]]:
+    """What the text has to be, if anything, and what could not be understood."""
+    if not message.HasField("constraint"):
+        return None, []
+    kind = message.constraint.WhichOneof("language")
+    if kind is None:
+        return None, [
+            Violation(
+                "constraint",
+                "no language is set, or it is of a type that this server does not know: set "
+                "json_schema, regex, lark or choices",
+            )
+        ]
+    language = Language(kind)
+    if language is Language.CHOICES:
+        return Constraint(language, tuple(message.constraint.choices.texts)), []
+    return Constraint(language, (getattr(message.constraint, kind),)), []
+
+
+def conversation(
+    message: inference_pb2.ChatRequest | inference_pb2.Conversation,
+) -> Conversation:
+    """What a chat template renders. Raises `InvalidRequest` for JSON that is none."""
+    faults: list[Violation] = []
+
+    def parsed(text: str, field: str) -> Any:
+        try:
+            value = json.loads(text or "{}")
+        except ValueError as error:
+            faults.append(Violation(field, f"{text[:64]!r} is not JSON ({error}): mend it"))
+            return {}
+        if not isinstance(value, dict):
+            faults.append(Violation(field, f"{text[:64]!r} is not a JSON object: give one"))
+        return value
+
+    messages = tuple(
+        _chat_message(entry, parsed, f"messages[{position}]")
+        for position, entry in enumerate(message.messages)
+    )
+    tools = tuple(
+        {
+            "type": "function",
+            "function": {
+                "name": tool.name,
+                "description": tool.description,
+                "parameters": parsed(tool.parameters, f"tools[{position}].parameters"),
+            },
+        }
+        for position, tool in enumerate(message.tools)
+    )
+    if faults:
+        raise InvalidRequest(*faults)
+    return Conversation(
+        messages,
+        tools,
+        json_format.MessageToDict(message.template_arguments),
+        continues=message.turn == inference_pb2.TURN_CONTINUE,
+    )
+
+
+def _chat_message(
+    message: inference_pb2.ChatMessage, parsed: Callable[[str, str], Any], field: str
+) -> Mapping[str, Any]:
+    """A message as chat templates take it, which is OpenAI's way with arguments parsed."""
+    result: dict[str, Any] = {"role": message.role, "content": message.content}
+    result |= _present(message, ("name", "tool_call_id"))
+    if message.tool_calls:
+        result["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {
+                    "name": call.name,
+                    "arguments": parsed(call.arguments, f"{field}.tool_calls[{i}].arguments"),
+                },
+            }
+            for i, call in enumerate(message.tool_calls)
+        ]
+    return result
 
 
 def generate_request(chat: inference_pb2.ChatRequest) -> inference_pb2.GenerateRequest:
@@ -116,6 +199,10 @@ def generate_request(chat: inference_pb2.ChatRequest) -> inference_pb2.GenerateR
         output=chat.output,
         generated=chat.generated,
     )
+    if chat.HasField("prefix_cache"):
+        request.prefix_cache.CopyFrom(chat.prefix_cache)
+    if chat.HasField("constraint"):
+        request.constraint.CopyFrom(chat.constraint)
     if chat.HasField("n"):
         request.n = chat.n
     if chat.HasField("priority"):
@@ -222,6 +309,7 @@ def rank(info: RankInfo) -> control_pb2.Rank:
         vocabulary=_range(info.vocabulary),
         weight_bytes=info.weight_bytes,
         kv_bytes=info.kv_bytes,
+        replica=info.replica,
     )
 
 
@@ -254,6 +342,7 @@ def health(value: Health) -> control_pb2.GetHealthResponse:
                 state=_HEALTH[entry.state],
                 cause=entry.cause,
                 since=timestamp(entry.since),
+                replica=entry.replica,
             )
             for entry in value.ranks
         ],

@@ -2,58 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
 from cluster.errors import InvalidRequest, Violation
-from cluster.request import Generator
 from deploy import codec
-from deploy.edge.intake import check_model
-from deploy.edge.text import Texts
+from deploy.edge.models import Models
 from headwise.v1 import control_pb2, control_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class ServerFacts:
-    """What the generator does not know of the server it answers in; `started_at` is unix time."""
-
-    version: str
-    libraries: Mapping[str, str]
-    device: str
-    collective: str
-    max_sequences: int
-    max_step_tokens: int
-    started_at: float
-
-
 class ControlService(control_pb2_grpc.ControlServicer):
     """Raises headwise's own errors; `deploy.edge.calls` turns them into statuses."""
 
-    def __init__(self, generator: Generator, texts: Texts, facts: ServerFacts) -> None:
-        self._generator = generator
-        self._texts = texts
-        self._facts = facts
+    def __init__(self, models: Models) -> None:
+        self._models = models
+
+    async def ListModels(
+        self, request: control_pb2.ListModelsRequest, context: Context
+    ) -> control_pb2.ListModelsResponse:
+        return control_pb2.ListModelsResponse(names=self._models.names)
 
     async def GetServerInfo(
         self, request: control_pb2.GetServerInfoRequest, context: Context
     ) -> control_pb2.GetServerInfoResponse:
-        ranks = self._generator.ranks
-        load = self._generator.load()
+        served = self._models.get(request.model)
+        facts, ranks = served.facts, served.generator.ranks
+        load = served.generator.load()
         return control_pb2.GetServerInfoResponse(
-            version=self._facts.version,
-            libraries=self._facts.libraries,
-            tensor_parallel=len(ranks),
-            device=self._facts.device,
-            collective=self._facts.collective,
+            version=facts.version,
+            libraries=facts.libraries,
+            tensor_parallel=1 + max((info.rank for info in ranks), default=-1),
+            device=facts.device,
+            collective=facts.collective,
             ranks=[codec.rank(info) for info in ranks],
-            started_at=codec.timestamp(self._facts.started_at),
-            max_sequences=self._facts.max_sequences,
-            max_step_tokens=self._facts.max_step_tokens,
+            started_at=codec.timestamp(facts.started_at),
+            max_sequences=facts.max_sequences,
+            max_step_tokens=facts.max_step_tokens,
             kv_blocks=load.kv_blocks,
             block_size=load.block_size,
         )
@@ -61,27 +48,27 @@ class ControlService(control_pb2_grpc.ControlServicer):
     async def GetModelInfo(
         self, request: control_pb2.GetModelInfoRequest, context: Context
     ) -> control_pb2.GetModelInfoResponse:
-        model = self._generator.model
-        check_model(request.model, model)
+        served = self._models.get(request.model)
         return codec.model_info(
-            model,
-            has_tokenizer=self._texts.codec is not None,
-            has_chat_template=self._texts.has_chat_template,
+            served.generator.model,
+            has_tokenizer=served.texts.codec is not None,
+            has_chat_template=served.texts.has_chat_template,
         )
 
     async def GetLoad(
         self, request: control_pb2.GetLoadRequest, context: Context
     ) -> control_pb2.GetLoadResponse:
-        return codec.load(self._generator.load())
+        return codec.load(self._models.get(request.model).generator.load())
 
     async def GetHealth(
         self, request: control_pb2.GetHealthRequest, context: Context
     ) -> control_pb2.GetHealthResponse:
-        return codec.health(self._generator.health())
+        return codec.health(self._models.get(request.model).generator.health())
 
     async def Abort(
         self, request: control_pb2.AbortRequest, context: Context
     ) -> control_pb2.AbortResponse:
         if not request.request_id:
             raise InvalidRequest(Violation("request_id", "empty: name the request to end"))
-        return control_pb2.AbortResponse(found=self._generator.abort(request.request_id))
+        found = [served.generator.abort(request.request_id) for served in self._models.all]
+        return control_pb2.AbortResponse(found=any(found))

@@ -1,6 +1,6 @@
 """grpc.health.v1 over `Generator.health()`.
 
-Inference (and the whole, "") serves while the group computes, READY or DEGRADED. Control answers
+Inference (and the whole, "") serves while a model computes, READY or DEGRADED. Control answers
 in any state, which is when an operator needs it. During a shutdown nothing serves.
 """
 
@@ -12,7 +12,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.request import Generator, HealthState
+from cluster.request import HealthState
+from deploy.edge.models import Models, Served
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -28,10 +29,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class HealthService(health_pb2_grpc.HealthServicer):
-    """Check asks the generator; Watch asks it again and again, and tells what changed."""
+    """Check asks the generators; Watch asks them again and again, and tells what changed."""
 
-    def __init__(self, generator: Generator) -> None:
-        self._generator = generator
+    def __init__(self, models: Models) -> None:
+        self._models = models
         self._closing = asyncio.Event()
 
     async def Check(
@@ -71,5 +72,9 @@ class HealthService(health_pb2_grpc.HealthServicer):
             return _NOT_SERVING
         if service == CONTROL:
             return _SERVING
-        computing = self._generator.health().state in (HealthState.READY, HealthState.DEGRADED)
+        computing = any(_computes(served) for served in self._models.all)
         return _SERVING if computing else _NOT_SERVING
+
+
+def _computes(served: Served) -> bool:
+    return served.generator.health().state in (HealthState.READY, HealthState.DEGRADED)

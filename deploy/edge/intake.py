@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.errors import InvalidRequest, Violation
-from cluster.request import ModelInfo, Request
+from cluster.request import Request
 from cluster.validation import validate
 from deploy import codec
-from deploy.edge.errors import UnknownModel
-from deploy.edge.text import Texts
+from deploy.edge.models import Served
 from headwise.v1 import inference_pb2
 
 
@@ -27,23 +26,12 @@ class Intake:
     echo_ids: tuple[int, ...] = ()
 
 
-def check_model(name: str, model: ModelInfo) -> None:
-    """Raise `UnknownModel` unless `name` is empty or the served one's."""
-    if name and name != model.name:
-        raise UnknownModel(f"model {name!r} is not served here: this is {model.name!r}")
-
-
 async def take_generate(
-    message: inference_pb2.GenerateRequest,
-    model: ModelInfo,
-    texts: Texts,
-    deadline: float | None,
+    message: inference_pb2.GenerateRequest, served: Served, deadline: float | None
 ) -> Intake:
-    """`deadline` is `time.monotonic()` seconds.
-
-    Raises `UnknownModel`, `InvalidRequest`, or `Overloaded` by the tokenizer.
-    """
-    check_model(message.model, model)
+    """`deadline` is `time.monotonic()` seconds. Raises `InvalidRequest`, or `Overloaded` by the
+    tokenizer."""
+    texts = served.texts
     faults: list[Violation] = []
     prompt: tuple[int, ...] | None = None
     kind = message.WhichOneof("prompt")
@@ -60,7 +48,7 @@ async def take_generate(
             faults.append(Violation("prompt", "not set: set text or token_ids"))
     except InvalidRequest as error:
         faults.extend(error.violations)
-    intake = _intake(message, prompt, model, texts, deadline, faults)
+    intake = _intake(message, prompt, served, deadline, faults)
     # An earlier attempt has already delivered the echo together with its tokens.
     if not message.output.echo or intake.request.generated:
         return intake
@@ -81,17 +69,13 @@ async def take_generate(
 
 
 async def take_chat(
-    message: inference_pb2.ChatRequest,
-    model: ModelInfo,
-    texts: Texts,
-    deadline: float | None,
+    message: inference_pb2.ChatRequest, served: Served, deadline: float | None
 ) -> Intake:
     """As `take_generate`, the prompt being the rendered conversation."""
-    check_model(message.model, model)
     faults: list[Violation] = []
     prompt: tuple[int, ...] | None = None
     try:
-        prompt = await texts.render(message.messages, field="messages")
+        prompt = await served.texts.render(codec.conversation(message))
     except InvalidRequest as error:
         faults.extend(error.violations)
     if message.output.echo:
@@ -100,22 +84,21 @@ async def take_chat(
         faults.append(
             Violation("output.prompt_logprobs", "set: a chat does not return them; use Generate")
         )
-    return _intake(
-        codec.generate_request(message), prompt, model, texts, deadline, faults, "messages"
-    )
+    return _intake(codec.generate_request(message), prompt, served, deadline, faults, "messages")
 
 
 def _intake(
     message: inference_pb2.GenerateRequest,
     prompt: tuple[int, ...] | None,
-    model: ModelInfo,
-    texts: Texts,
+    served: Served,
     deadline: float | None,
     faults: list[Violation],
     prompt_field: str = "prompt",
 ) -> Intake:
     output = message.output
     stopping, misunderstood = codec.stopping(message.stopping)
+    faults.extend(misunderstood)
+    constraint, misunderstood = codec.constraint(message)
     faults.extend(misunderstood)
     request = Request(
         id=message.request_id,
@@ -127,11 +110,16 @@ def _intake(
         generated=tuple(message.generated.ids),
         deadline=deadline,
         priority=message.priority,
+        cache=not message.prefix_cache.disabled,
+        cache_salt=message.prefix_cache.salt,
         beams=codec.beam_params(message),
+        constraint=constraint,
     )
-    has_tokenizer = texts.codec is not None
+    has_tokenizer = served.texts.codec is not None
     try:
-        validate(request, model, has_tokenizer=has_tokenizer, prompt_field=prompt_field)
+        validate(
+            request, served.generator.model, has_tokenizer=has_tokenizer, prompt_field=prompt_field
+        )
     except InvalidRequest as error:
         faults.extend(error.violations)
     if faults:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cluster.config import ServerConfig
 from cluster.errors import StartupError
-from cluster.request import Generator
-from cluster.text import TextCodec
 from deploy.edge import health, security
+from deploy.edge.answers import Answers, Watcher
 from deploy.edge.calls import Calls
-from deploy.edge.control import ControlService, ServerFacts
+from deploy.edge.control import ControlService
 from deploy.edge.inference import InferenceService
-from deploy.edge.text import Texts
+from deploy.edge.models import Models
 from headwise.v1 import control_pb2_grpc, inference_pb2_grpc
 
 _KEEPALIVE_MS = 30_000
@@ -22,22 +23,16 @@ _LAST_WORDS_SECONDS = 0.5
 
 
 class Edge:
-    """Serves one generator. All methods belong to one event loop.
-
-    `codec` is None for a model without a tokenizer.
-    """
+    """Serves `models`, which others add and remove. All methods belong to one event loop."""
 
     def __init__(
-        self,
-        generator: Generator,
-        codec: TextCodec | None,
-        config: ServerConfig,
-        facts: ServerFacts,
+        self, models: Models, config: ServerConfig, watchers: Sequence[Watcher] = ()
     ) -> None:
+        """`watchers` are told of every request."""
         self._config = config
+        self._models = models
         self._calls = Calls()
-        self._texts = Texts(codec, generator.model)
-        self._health = health.HealthService(generator)
+        self._health = health.HealthService(models)
         interceptors: list[grpc.aio.ServerInterceptor] = [self._calls]
         if config.token_file is not None:
             # Before everything else: a stranger's message is not even read.
@@ -56,9 +51,9 @@ class Edge:
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ],
         )
-        inference = InferenceService(generator, self._texts)
+        inference = InferenceService(models, Answers(*watchers))
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._server)  # type: ignore[no-untyped-call]
-        control = ControlService(generator, self._texts, facts)
+        control = ControlService(models)
         control_pb2_grpc.add_ControlServicer_to_server(control, self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
@@ -92,7 +87,8 @@ class Edge:
         finally:
             # For health watchers, who are still being told.
             await self._server.stop(grace=_LAST_WORDS_SECONDS)
-            self._texts.close()
+            for served in self._models.all:
+                served.texts.close()
 
 
 def port_taken(config: ServerConfig) -> StartupError:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from cluster.errors import InvalidRequest, Overloaded, Violation
 from cluster.request import ModelInfo
 from cluster.text import TextCodec
 from cluster.validation import max_prompt_bytes
-from deploy import codec
-from headwise.v1 import inference_pb2
+from deploy.conversation import Conversation
 
 T = TypeVar("T")
 
@@ -51,18 +51,26 @@ class Texts:
         return tuple(await self._run(size, lambda: tokenizer.encode(text, add_special_tokens)))
 
     async def render(
-        self, conversation: Sequence[inference_pb2.ChatMessage], *, field: str
+        self, conversation: Conversation, *, field: str = "messages"
     ) -> tuple[int, ...]:
+        """The prompt that a conversation is; `field` is where its messages came from."""
         tokenizer = self._require(field, "render the conversation yourself and send token ids")
         if not tokenizer.has_chat_template:
             raise InvalidRequest(
-                Violation(field, f"{self._model.name} has no chat template: use Generate")
+                Violation(field, f"{self._model.name} has no chat template: send a prompt instead")
             )
-        _check_messages(conversation, field)
-        messages = codec.chat_messages(conversation)
-        text = sum(len(m["role"].encode()) + len(m["content"].encode()) for m in messages)
-        size = self._check_size(text, field) + len(messages) * _MESSAGE_BYTES
-        return tuple(await self._run(size, lambda: tokenizer.render_chat(messages)))
+        messages = conversation.messages
+        _check_messages(messages, field)
+        size = self._check_size(_text_bytes((messages, conversation.tools)), field)
+        render = partial(
+            tokenizer.render_chat,
+            messages,
+            tools=conversation.tools or None,
+            add_generation_prompt=not conversation.continues,
+            continue_final_message=conversation.continues,
+            template_arguments=conversation.template_arguments,
+        )
+        return tuple(await self._run(size + len(messages) * _MESSAGE_BYTES, render))
 
     async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool, field: str) -> str:
         tokenizer = self._require(field, "turn the ids into text yourself")
@@ -129,7 +137,18 @@ class Texts:
         return await asyncio.wrap_future(job)
 
 
-def _check_messages(messages: Sequence[inference_pb2.ChatMessage], field: str) -> None:
+def _text_bytes(value: object) -> int:
+    """UTF-8 bytes of all the text inside a value of JSON's kinds."""
+    if isinstance(value, str):
+        return len(value.encode(errors="surrogatepass"))
+    if isinstance(value, Mapping):
+        return sum(_text_bytes(key) + _text_bytes(inner) for key, inner in value.items())
+    if isinstance(value, Sequence):
+        return sum(map(_text_bytes, value))
+    return 0
+
+
+def _check_messages(messages: Sequence[Mapping[str, Any]], field: str) -> None:
     """Before anything is done with each: a message costs time also where it has no text."""
     if not messages:
         raise InvalidRequest(Violation(field, "no messages: send at least one"))
@@ -142,7 +161,7 @@ def _check_messages(messages: Sequence[inference_pb2.ChatMessage], field: str) -
             )
         )
     for position, message in enumerate(messages):
-        size = len(message.role.encode())
+        size = _text_bytes(message["role"])
         if size > _MOST_ROLE_BYTES:
             raise InvalidRequest(
                 Violation(

@@ -10,8 +10,9 @@ from typing import Any
 import grpc
 
 from cluster.config import ServerConfig
-from deploy.edge.control import ServerFacts
+from deploy.edge.models import Models, Served, ServerFacts
 from deploy.edge.server import Edge
+from deploy.edge.text import Texts
 from headwise.v1 import control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from tests.unit.fakes import FakeCodec, FakeGenerator
 
@@ -48,7 +49,9 @@ async def running_edge(
     **config: Any,
 ) -> AsyncIterator[RunningEdge]:
     generator = generator or FakeGenerator()
-    edge = Edge(generator, codec, ServerConfig(**{"grpc_port": 0, **config}), FACTS)  # type: ignore[arg-type]
+    texts = Texts(codec, generator.model)  # type: ignore[arg-type]
+    served = Served(generator, texts, FACTS)
+    edge = Edge(Models(served), ServerConfig(**{"grpc_port": 0, **config}))
     await edge.start()
     if credentials is None:
         channel = grpc.aio.insecure_channel(edge.address)

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from cluster.errors import InvalidRequest, Unavailable, Violation
 from cluster.request import (
@@ -71,9 +72,20 @@ class FakeCodec:
     def token_text(self, token_id: int) -> str:
         return self.decode([token_id], skip_special_tokens=False)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
-        return self.encode(text + "assistant: ")
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        text = "".join(f"{tool['function']['name']}()\n" for tool in tools or ())
+        text += "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        if continue_final_message:
+            text = text.removesuffix("\n")
+        return self.encode(text + ("assistant: " if add_generation_prompt else ""))
 
 
 def alphabet(request: Request, index: int) -> Iterator[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
@@ -25,9 +26,9 @@ class WatchedCodec(FakeCodec):
         self.loop = threading.get_ident()
         self.calls: set[tuple[str, bool]] = set()
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         self._note("render_chat")
-        return super().render_chat(messages)
+        return super().render_chat(messages, **options)
 
     def token_text(self, token_id: int) -> str:
         self._note("token_text")

@@ -40,6 +40,11 @@ class ControlStub:
                 request_serializer=headwise_dot_v1_dot_control__pb2.GetServerInfoRequest.SerializeToString,
                 response_deserializer=headwise_dot_v1_dot_control__pb2.GetServerInfoResponse.FromString,
                 _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/headwise.v1.Control/ListModels',
+                request_serializer=headwise_dot_v1_dot_control__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=headwise_dot_v1_dot_control__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/headwise.v1.Control/GetModelInfo',
                 request_serializer=headwise_dot_v1_dot_control__pb2.GetModelInfoRequest.SerializeToString,
@@ -73,8 +78,15 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListModels(self, request, context):
+        """The models that are served.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModelInfo(self, request, context):
-        """The model that is served.
+        """One model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,6 +120,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.GetServerInfo,
                     request_deserializer=headwise_dot_v1_dot_control__pb2.GetServerInfoRequest.FromString,
                     response_serializer=headwise_dot_v1_dot_control__pb2.GetServerInfoResponse.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=headwise_dot_v1_dot_control__pb2.ListModelsRequest.FromString,
+                    response_serializer=headwise_dot_v1_dot_control__pb2.ListModelsResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
@@ -158,6 +175,33 @@ class Control:
             '/headwise.v1.Control/GetServerInfo',
             headwise_dot_v1_dot_control__pb2.GetServerInfoRequest.SerializeToString,
             headwise_dot_v1_dot_control__pb2.GetServerInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headwise.v1.Control/ListModels',
+            headwise_dot_v1_dot_control__pb2.ListModelsRequest.SerializeToString,
+            headwise_dot_v1_dot_control__pb2.ListModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

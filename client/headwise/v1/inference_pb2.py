@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bheadwise/v1/inference.proto\x12\x0bheadwise.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb8\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x38\n\nlogit_bias\x18\t \x03(\x0b\x32$.headwise.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\xde\x01\n\x08Stopping\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12.\n\nconditions\x18\x03 \x03(\x0b\x32\x1a.headwise.v1.StopCondition\x12\x17\n\nignore_eos\x18\x04 \x01(\x08H\x02\x88\x01\x01\x12\x19\n\x0cinclude_stop\x18\x05 \x01(\x08H\x03\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0f\n\r_include_stop\"@\n\rStopCondition\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x12\n\x08token_id\x18\x02 \x01(\rH\x00\x42\x0b\n\tcondition\"\xe1\x01\n\rOutputOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x11\n\x04\x65\x63ho\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12\x16\n\tskip_text\x18\x04 \x01(\x08H\x03\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x05 \x01(\x08H\x04\x88\x01\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x07\n\x05_echoB\x0c\n\n_skip_textB\x16\n\x14_skip_special_tokens\"\xba\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.headwise.v1.TokenIdsH\x00\x12\'\n\x08sampling\x18\x05 \x01(\x0b\x32\x15.headwise.v1.Sampling\x12\'\n\x08stopping\x18\x06 \x01(\x0b\x32\x15.headwise.v1.Stopping\x12*\n\x06output\x18\x07 \x01(\x0b\x32\x1a.headwise.v1.OutputOptions\x12\x0e\n\x01n\x18\x08 \x01(\rH\x01\x88\x01\x01\x12(\n\tgenerated\x18\t \x01(\x0b\x32\x15.headwise.v1.TokenIds\x12\x15\n\x08priority\x18\n \x01(\x05H\x02\x88\x01\x01\x12.\n\x0cprefix_cache\x18\x0b \x01(\x0b\x32\x18.headwise.v1.PrefixCache\x12,\n\x0b\x62\x65\x61m_search\x18\x0c \x01(\x0b\x32\x17.headwise.v1.BeamSearchB\x08\n\x06promptB\x04\n\x02_nB\x0b\n\t_priority\"-\n\x0bPrefixCache\x12\x10\n\x08\x64isabled\x18\x01 \x01(\x08\x12\x0c\n\x04salt\x18\x02 \x01(\t\"{\n\nBeamSearch\x12\r\n\x05width\x18\x01 \x01(\r\x12\x1b\n\x0elength_penalty\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x1b\n\x0e\x65\x61rly_stopping\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x11\n\x0f_length_penaltyB\x11\n\x0f_early_stopping\"\x82\x01\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\"\n\x03top\x18\x05 \x03(\x0b\x32\x15.headwise.v1.TopTokenB\n\n\x08_logprob\";\n\x08TopToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\x9b\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x15\n\rqueue_seconds\x18\x04 \x01(\x01\x12\x1b\n\x13\x66irst_token_seconds\x18\x05 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x06 \x01(\x01\"\xaf\x01\n\x06\x46inish\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.headwise.v1.FinishReason\x12+\n\x07matched\x18\x02 \x01(\x0b\x32\x1a.headwise.v1.StopCondition\x12!\n\x05usage\x18\x03 \x01(\x0b\x32\x12.headwise.v1.Usage\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x12\n\x05score\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x08\n\x06_score\"\xf0\x01\n\x10GenerateResponse\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.headwise.v1.TokenLogprob\x12\x32\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x19.headwise.v1.TokenLogprob\x12#\n\x06\x66inish\x18\x07 \x01(\x0b\x32\x13.headwise.v1.FinishB\r\n\x0b_request_id\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xee\x02\n\x0b\x43hatRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12*\n\x08messages\x18\x03 \x03(\x0b\x32\x18.headwise.v1.ChatMessage\x12\'\n\x08sampling\x18\x04 \x01(\x0b\x32\x15.headwise.v1.Sampling\x12\'\n\x08stopping\x18\x05 \x01(\x0b\x32\x15.headwise.v1.Stopping\x12*\n\x06output\x18\x06 \x01(\x0b\x32\x1a.headwise.v1.OutputOptions\x12\x0e\n\x01n\x18\x07 \x01(\rH\x00\x88\x01\x01\x12(\n\tgenerated\x18\x08 \x01(\x0b\x32\x15.headwise.v1.TokenIds\x12\x15\n\x08priority\x18\t \x01(\x05H\x01\x88\x01\x01\x12.\n\x0cprefix_cache\x18\n \x01(\x0b\x32\x18.headwise.v1.PrefixCacheB\x04\n\x02_nB\x0b\n\t_priority\"\xb8\x01\n\x0c\x43hatResponse\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.headwise.v1.TokenLogprob\x12#\n\x06\x66inish\x18\x06 \x01(\x0b\x32\x13.headwise.v1.FinishB\r\n\x0b_request_id\"\xa4\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x31\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x19.headwise.v1.ConversationH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\":\n\x0c\x43onversation\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.headwise.v1.ChatMessage\"6\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0f\n\x07\x63ontext\x18\x02 \x01(\r\"o\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03\x32\xad\x02\n\tInference\x12I\n\x08Generate\x12\x1c.headwise.v1.GenerateRequest\x1a\x1d.headwise.v1.GenerateResponse0\x01\x12=\n\x04\x43hat\x12\x18.headwise.v1.ChatRequest\x1a\x19.headwise.v1.ChatResponse0\x01\x12G\n\x08Tokenize\x12\x1c.headwise.v1.TokenizeRequest\x1a\x1d.headwise.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.headwise.v1.DetokenizeRequest\x1a\x1f.headwise.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bheadwise/v1/inference.proto\x12\x0bheadwise.v1\x1a\x1cgoogle/protobuf/struct.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb8\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x38\n\nlogit_bias\x18\t \x03(\x0b\x32$.headwise.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\xde\x01\n\x08Stopping\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12.\n\nconditions\x18\x03 \x03(\x0b\x32\x1a.headwise.v1.StopCondition\x12\x17\n\nignore_eos\x18\x04 \x01(\x08H\x02\x88\x01\x01\x12\x19\n\x0cinclude_stop\x18\x05 \x01(\x08H\x03\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0f\n\r_include_stop\"@\n\rStopCondition\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x12\n\x08token_id\x18\x02 \x01(\rH\x00\x42\x0b\n\tcondition\"\xe1\x01\n\rOutputOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x11\n\x04\x65\x63ho\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12\x16\n\tskip_text\x18\x04 \x01(\x08H\x03\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x05 \x01(\x08H\x04\x88\x01\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x07\n\x05_echoB\x0c\n\n_skip_textB\x16\n\x14_skip_special_tokens\"\xe7\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.headwise.v1.TokenIdsH\x00\x12\'\n\x08sampling\x18\x05 \x01(\x0b\x32\x15.headwise.v1.Sampling\x12\'\n\x08stopping\x18\x06 \x01(\x0b\x32\x15.headwise.v1.Stopping\x12*\n\x06output\x18\x07 \x01(\x0b\x32\x1a.headwise.v1.OutputOptions\x12\x0e\n\x01n\x18\x08 \x01(\rH\x01\x88\x01\x01\x12(\n\tgenerated\x18\t \x01(\x0b\x32\x15.headwise.v1.TokenIds\x12\x15\n\x08priority\x18\n \x01(\x05H\x02\x88\x01\x01\x12.\n\x0cprefix_cache\x18\x0b \x01(\x0b\x32\x18.headwise.v1.PrefixCache\x12,\n\x0b\x62\x65\x61m_search\x18\x0c \x01(\x0b\x32\x17.headwise.v1.BeamSearch\x12+\n\nconstraint\x18\r \x01(\x0b\x32\x17.headwise.v1.ConstraintB\x08\n\x06promptB\x04\n\x02_nB\x0b\n\t_priority\"y\n\nConstraint\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x03 \x01(\tH\x00\x12\'\n\x07\x63hoices\x18\x04 \x01(\x0b\x32\x14.headwise.v1.ChoicesH\x00\x42\n\n\x08language\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"-\n\x0bPrefixCache\x12\x10\n\x08\x64isabled\x18\x01 \x01(\x08\x12\x0c\n\x04salt\x18\x02 \x01(\t\"{\n\nBeamSearch\x12\r\n\x05width\x18\x01 \x01(\r\x12\x1b\n\x0elength_penalty\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x1b\n\x0e\x65\x61rly_stopping\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x11\n\x0f_length_penaltyB\x11\n\x0f_early_stopping\"\x82\x01\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\"\n\x03top\x18\x05 \x03(\x0b\x32\x15.headwise.v1.TopTokenB\n\n\x08_logprob\";\n\x08TopToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\x9b\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x15\n\rqueue_seconds\x18\x04 \x01(\x01\x12\x1b\n\x13\x66irst_token_seconds\x18\x05 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x06 \x01(\x01\"\xaf\x01\n\x06\x46inish\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.headwise.v1.FinishReason\x12+\n\x07matched\x18\x02 \x01(\x0b\x32\x1a.headwise.v1.StopCondition\x12!\n\x05usage\x18\x03 \x01(\x0b\x32\x12.headwise.v1.Usage\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x12\n\x05score\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x08\n\x06_score\"\xf0\x01\n\x10GenerateResponse\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.headwise.v1.TokenLogprob\x12\x32\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x19.headwise.v1.TokenLogprob\x12#\n\x06\x66inish\x18\x07 \x01(\x0b\x32\x13.headwise.v1.FinishB\r\n\x0b_request_id\"\x9f\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x11\n\x04name\x18\x03 \x01(\tH\x00\x88\x01\x01\x12)\n\ntool_calls\x18\x04 \x03(\x0b\x32\x15.headwise.v1.ToolCall\x12\x19\n\x0ctool_call_id\x18\x05 \x01(\tH\x01\x88\x01\x01\x42\x07\n\x05_nameB\x0f\n\r_tool_call_id\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\x93\x04\n\x0b\x43hatRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12*\n\x08messages\x18\x03 \x03(\x0b\x32\x18.headwise.v1.ChatMessage\x12\'\n\x08sampling\x18\x04 \x01(\x0b\x32\x15.headwise.v1.Sampling\x12\'\n\x08stopping\x18\x05 \x01(\x0b\x32\x15.headwise.v1.Stopping\x12*\n\x06output\x18\x06 \x01(\x0b\x32\x1a.headwise.v1.OutputOptions\x12\x0e\n\x01n\x18\x07 \x01(\rH\x00\x88\x01\x01\x12(\n\tgenerated\x18\x08 \x01(\x0b\x32\x15.headwise.v1.TokenIds\x12\x15\n\x08priority\x18\t \x01(\x05H\x01\x88\x01\x01\x12.\n\x0cprefix_cache\x18\n \x01(\x0b\x32\x18.headwise.v1.PrefixCache\x12+\n\nconstraint\x18\x0b \x01(\x0b\x32\x17.headwise.v1.Constraint\x12 \n\x05tools\x18\x0c \x03(\x0b\x32\x11.headwise.v1.Tool\x12\x33\n\x12template_arguments\x18\r \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x1f\n\x04turn\x18\x0e \x01(\x0e\x32\x11.headwise.v1.TurnB\x04\n\x02_nB\x0b\n\t_priority\"\xb8\x01\n\x0c\x43hatResponse\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.headwise.v1.TokenLogprob\x12#\n\x06\x66inish\x18\x06 \x01(\x0b\x32\x13.headwise.v1.FinishB\r\n\x0b_request_id\"\xa4\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x31\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x19.headwise.v1.ConversationH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"\xb2\x01\n\x0c\x43onversation\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.headwise.v1.ChatMessage\x12 \n\x05tools\x18\x02 \x03(\x0b\x32\x11.headwise.v1.Tool\x12\x33\n\x12template_arguments\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x1f\n\x04turn\x18\x04 \x01(\x0e\x32\x11.headwise.v1.Turn\"6\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0f\n\x07\x63ontext\x18\x02 \x01(\r\"o\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03*@\n\x04Turn\x12\x14\n\x10TURN_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTURN_ANSWER\x10\x01\x12\x11\n\rTURN_CONTINUE\x10\x02\x32\xad\x02\n\tInference\x12I\n\x08Generate\x12\x1c.headwise.v1.GenerateRequest\x1a\x1d.headwise.v1.GenerateResponse0\x01\x12=\n\x04\x43hat\x12\x18.headwise.v1.ChatRequest\x1a\x19.headwise.v1.ChatResponse0\x01\x12G\n\x08Tokenize\x12\x1c.headwise.v1.TokenizeRequest\x1a\x1d.headwise.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.headwise.v1.DetokenizeRequest\x1a\x1f.headwise.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,52 +34,62 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=3455
-  _globals['_FINISHREASON']._serialized_end=3577
-  _globals['_TOKENIDS']._serialized_start=44
-  _globals['_TOKENIDS']._serialized_end=67
-  _globals['_SAMPLING']._serialized_start=70
-  _globals['_SAMPLING']._serialized_end=510
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=341
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=389
-  _globals['_STOPPING']._serialized_start=513
-  _globals['_STOPPING']._serialized_end=735
-  _globals['_STOPCONDITION']._serialized_start=737
-  _globals['_STOPCONDITION']._serialized_end=801
-  _globals['_OUTPUTOPTIONS']._serialized_start=804
-  _globals['_OUTPUTOPTIONS']._serialized_end=1029
-  _globals['_GENERATEREQUEST']._serialized_start=1032
-  _globals['_GENERATEREQUEST']._serialized_end=1474
-  _globals['_PREFIXCACHE']._serialized_start=1476
-  _globals['_PREFIXCACHE']._serialized_end=1521
-  _globals['_BEAMSEARCH']._serialized_start=1523
-  _globals['_BEAMSEARCH']._serialized_end=1646
-  _globals['_TOKENLOGPROB']._serialized_start=1649
-  _globals['_TOKENLOGPROB']._serialized_end=1779
-  _globals['_TOPTOKEN']._serialized_start=1781
-  _globals['_TOPTOKEN']._serialized_end=1840
-  _globals['_USAGE']._serialized_start=1843
-  _globals['_USAGE']._serialized_end=1998
-  _globals['_FINISH']._serialized_start=2001
-  _globals['_FINISH']._serialized_end=2176
-  _globals['_GENERATERESPONSE']._serialized_start=2179
-  _globals['_GENERATERESPONSE']._serialized_end=2419
-  _globals['_CHATMESSAGE']._serialized_start=2421
-  _globals['_CHATMESSAGE']._serialized_end=2465
-  _globals['_CHATREQUEST']._serialized_start=2468
-  _globals['_CHATREQUEST']._serialized_end=2834
-  _globals['_CHATRESPONSE']._serialized_start=2837
-  _globals['_CHATRESPONSE']._serialized_end=3021
-  _globals['_TOKENIZEREQUEST']._serialized_start=3024
-  _globals['_TOKENIZEREQUEST']._serialized_end=3188
-  _globals['_CONVERSATION']._serialized_start=3190
-  _globals['_CONVERSATION']._serialized_end=3248
-  _globals['_TOKENIZERESPONSE']._serialized_start=3250
-  _globals['_TOKENIZERESPONSE']._serialized_end=3304
-  _globals['_DETOKENIZEREQUEST']._serialized_start=3306
-  _globals['_DETOKENIZEREQUEST']._serialized_end=3417
-  _globals['_DETOKENIZERESPONSE']._serialized_start=3419
-  _globals['_DETOKENIZERESPONSE']._serialized_end=3453
-  _globals['_INFERENCE']._serialized_start=3580
-  _globals['_INFERENCE']._serialized_end=3881
+  _globals['_FINISHREASON']._serialized_start=4201
+  _globals['_FINISHREASON']._serialized_end=4323
+  _globals['_TURN']._serialized_start=4325
+  _globals['_TURN']._serialized_end=4389
+  _globals['_TOKENIDS']._serialized_start=74
+  _globals['_TOKENIDS']._serialized_end=97
+  _globals['_SAMPLING']._serialized_start=100
+  _globals['_SAMPLING']._serialized_end=540
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=371
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=419
+  _globals['_STOPPING']._serialized_start=543
+  _globals['_STOPPING']._serialized_end=765
+  _globals['_STOPCONDITION']._serialized_start=767
+  _globals['_STOPCONDITION']._serialized_end=831
+  _globals['_OUTPUTOPTIONS']._serialized_start=834
+  _globals['_OUTPUTOPTIONS']._serialized_end=1059
+  _globals['_GENERATEREQUEST']._serialized_start=1062
+  _globals['_GENERATEREQUEST']._serialized_end=1549
+  _globals['_CONSTRAINT']._serialized_start=1551
+  _globals['_CONSTRAINT']._serialized_end=1672
+  _globals['_CHOICES']._serialized_start=1674
+  _globals['_CHOICES']._serialized_end=1698
+  _globals['_PREFIXCACHE']._serialized_start=1700
+  _globals['_PREFIXCACHE']._serialized_end=1745
+  _globals['_BEAMSEARCH']._serialized_start=1747
+  _globals['_BEAMSEARCH']._serialized_end=1870
+  _globals['_TOKENLOGPROB']._serialized_start=1873
+  _globals['_TOKENLOGPROB']._serialized_end=2003
+  _globals['_TOPTOKEN']._serialized_start=2005
+  _globals['_TOPTOKEN']._serialized_end=2064
+  _globals['_USAGE']._serialized_start=2067
+  _globals['_USAGE']._serialized_end=2222
+  _globals['_FINISH']._serialized_start=2225
+  _globals['_FINISH']._serialized_end=2400
+  _globals['_GENERATERESPONSE']._serialized_start=2403
+  _globals['_GENERATERESPONSE']._serialized_end=2643
+  _globals['_CHATMESSAGE']._serialized_start=2646
+  _globals['_CHATMESSAGE']._serialized_end=2805
+  _globals['_TOOL']._serialized_start=2807
+  _globals['_TOOL']._serialized_end=2868
+  _globals['_TOOLCALL']._serialized_start=2870
+  _globals['_TOOLCALL']._serialized_end=2925
+  _globals['_CHATREQUEST']._serialized_start=2928
+  _globals['_CHATREQUEST']._serialized_end=3459
+  _globals['_CHATRESPONSE']._serialized_start=3462
+  _globals['_CHATRESPONSE']._serialized_end=3646
+  _globals['_TOKENIZEREQUEST']._serialized_start=3649
+  _globals['_TOKENIZEREQUEST']._serialized_end=3813
+  _globals['_CONVERSATION']._serialized_start=3816
+  _globals['_CONVERSATION']._serialized_end=3994
+  _globals['_TOKENIZERESPONSE']._serialized_start=3996
+  _globals['_TOKENIZERESPONSE']._serialized_end=4050
+  _globals['_DETOKENIZEREQUEST']._serialized_start=4052
+  _globals['_DETOKENIZEREQUEST']._serialized_end=4163
+  _globals['_DETOKENIZERESPONSE']._serialized_start=4165
+  _globals['_DETOKENIZERESPONSE']._serialized_end=4199
+  _globals['_INFERENCE']._serialized_start=4392
+  _globals['_INFERENCE']._serialized_end=4693
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,83 @@
+"""The way of every request, whichever API it came in by: submitted, watched, and let go of."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from cluster.request import Request
+from cluster.text import TextDelta, TextStream
+from deploy.edge.intake import Intake
+from deploy.edge.models import Served
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: `name` is that of its token or certificate, empty where nobody is asked for one;
+    `traceparent` is its W3C trace context, empty for none."""
+
+    api: Literal["grpc", "vllm", "http"]
+    name: str = ""
+    traceparent: str = ""
+
+
+class Watch(Protocol):
+    """Follows one request: its deltas, then its end, `error` None where all samples finished."""
+
+    def delta(self, delta: TextDelta) -> None: ...
+    def end(self, error: BaseException | None) -> None: ...
+
+
+class Watcher(Protocol):
+    """Is told of every request before it is submitted; what it raises refuses the request."""
+
+    def begin(self, model: str, request: Request, caller: Caller) -> Watch: ...
+
+
+class Answers:
+    """Submits requests to their models' generators, watched by `watchers`."""
+
+    def __init__(self, *watchers: Watcher) -> None:
+        self._watchers = watchers
+
+    @contextlib.asynccontextmanager
+    async def of(
+        self, served: Served, intake: Intake, caller: Caller
+    ) -> AsyncIterator[AsyncIterator[TextDelta]]:
+        """The request's deltas; leaving the block lets go of the request.
+
+        Deltas wait while their reader does; what comes meanwhile is merged. Raises what
+        `Generator.submit` does, and what its stream does.
+        """
+        request = intake.request
+        watches: list[Watch] = []
+        error: BaseException | None = None
+        try:
+            for watcher in self._watchers:
+                watches.append(watcher.begin(served.name, request, caller))
+            stream = served.generator.submit(request)
+            try:
+                deltas = TextStream(
+                    served.texts.codec,
+                    request,
+                    stream,
+                    skip_special_tokens=intake.skip_special_tokens,
+                )
+                yield _watched(deltas, watches)
+            finally:
+                stream.close()
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            for watch in watches:
+                watch.end(error)
+
+
+async def _watched(deltas: TextStream, watches: list[Watch]) -> AsyncIterator[TextDelta]:
+    async for delta in deltas:
+        for watch in watches:
+            watch.delta(delta)
+        yield delta
