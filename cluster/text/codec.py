@@ -1,55 +1,47 @@
-"""A model's tokenizer and chat template, as `transformers` reads them."""
+"""Text to token ids and back, and conversations to token ids."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from cluster.errors import InvalidRequest, Violation
-from shards.errors import CheckpointError
+from cluster.text.bare import TokenizerLike, pack, unpack
+from cluster.text.chat import ChatTemplate
 
-if TYPE_CHECKING:
-    from transformers import TokenizersBackend
-
-# Any of these makes a folder one that claims to have a tokenizer.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-)
+# The roles of tokens that end an answer; a GGUF file may name all three.
+_ENDS = ("eos_token", "eot_token", "eom_token")
+# Special tokens that end a turn which calls a tool. Files that name the end of an answer often
+# leave them out: Llama 3.1's and GPT-OSS's.
+_ENDS_OF_CALLS = ("<|eom_id|>", "<|call|>")
 
 
 class TextCodec:
     """Turns text and conversations into token ids, and token ids into text.
 
-    Equal to the `transformers` tokenizer it wraps. It calls the Rust tokenizer behind it directly:
-    `transformers` sets truncation and padding on every call, which is several times slower per
-    token and not safe when threads share a tokenizer. A codec may be shared between threads.
+    Equal to the `transformers` tokenizer it is made of. It calls the Rust tokenizer behind it
+    directly: `transformers` sets truncation and padding on every call, which is several times
+    slower per token and not safe when threads share a tokenizer. A codec may be shared between
+    threads.
     """
 
     def __init__(
-        self, tokenizer: TokenizersBackend, eos_token_ids: Sequence[int] | None = None
+        self, tokenizer: TokenizerLike, eos_token_ids: Sequence[int] | None = None
     ) -> None:
-        """`eos_token_ids` come on top of the tokenizer's own end token; None takes the special
-        token that the chat template puts behind an answer: base models name only the end of a
-        document."""
+        """`eos_token_ids` come on top of the tokenizer's own end token. None takes the special
+        token that the chat template puts behind an answer, since base models name only the end of a
+        document, and those known to end a tool call."""
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
+        template = tokenizer.chat_template
+        self._template = ChatTemplate(template, tokenizer.special_tokens_map) if template else None
         added = self._backend.get_added_tokens_decoder()
         self._special = frozenset(i for i, token in added.items() if token.special)
-        eos = tokenizer.eos_token_id
-        own = () if eos is None else (int(eos),)
-        further = self._end_of_answer() if eos_token_ids is None else eos_token_ids
-        self._eos_token_ids = tuple(dict.fromkeys((*own, *further)))
+        further = self._ends_of_answers() if eos_token_ids is None else eos_token_ids
+        self._eos_token_ids = tuple(dict.fromkeys((*self._own_ends(), *further)))
         self._anchor = self.encode("a", add_special_tokens=False)
         self._anchor_text = self.decode(self._anchor, skip_special_tokens=False)
 
@@ -60,20 +52,31 @@ class TextCodec:
         """Read the tokenizer of a folder or hub id, or of the GGUF file `gguf` in it.
 
         None where there is none: the model then takes and gives token ids only. A tokenizer that
-        is there and cannot be read raises `CheckpointError`.
+        is there and cannot be read raises `CheckpointError`; a GGUF's of a kind that is not known,
+        `UnsupportedModel`.
 
         The end tokens are the tokenizer's and those of generation_config.json, or, where that file
-        does not say (a GGUF has none), the chat template's.
+        does not say, the chat template's; a GGUF's are all that it names, and the template's.
         """
-        if gguf is not None:
-            from cluster.text.gguf import load_gguf_tokenizer
+        from cluster.text.source import load_tokenizer
 
-            tokenizer = load_gguf_tokenizer(_file(path, gguf, revision))
-            return None if tokenizer is None else cls(tokenizer)
-        folder = Path(path)
-        if folder.is_dir() and not _claims_tokenizer(folder):
-            return None
-        return cls(_load_folder(path, revision), _generation_eos(path, revision))
+        found = load_tokenizer(path, gguf, revision)
+        return None if found is None else cls(*found)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> TextCodec:
+        """The codec that `pack` was called on. Raises `CheckpointError` for other bytes."""
+        return cls(*unpack(data))
+
+    def pack(self) -> bytes:
+        """This codec, templates and end tokens included, for a process that cannot read the
+        model's folder. Plain data: unpacking runs no code of the sender's."""
+        return pack(self._tokenizer, self._eos_token_ids)
+
+    @property
+    def tokenizer_json(self) -> str:
+        """The tokenizer.json of the Rust tokenizer, without truncation and padding."""
+        return str(self._backend.to_str())
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -82,7 +85,12 @@ class TextCodec:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._tokenizer.chat_template is not None
+        return self._template is not None
+
+    @property
+    def supports_tools(self) -> bool:
+        """Whether the chat template has a place for tools."""
+        return self._template is not None and self._template.supports_tools
 
     @property
     def size(self) -> int:
@@ -113,17 +121,41 @@ class TextCodec:
         text = self.decode([*self._anchor, token_id], skip_special_tokens=False)
         return text[len(self._anchor_text) :]
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, up to where the model's answer begins.
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation, as `transformers`' `apply_chat_template` gives them.
 
-        Raises `InvalidRequest` (field "messages") where there is no message, the model has no chat
-        template, or the template does not take these roles in this order.
+        A message is a mapping of `role`, `content` and what else the template reads (`name`,
+        `tool_calls`, `tool_call_id`, `reasoning_content`); fields that are None count as absent,
+        and the arguments of tool calls may be JSON text or objects. `tools` are OpenAI's
+        descriptions, none if empty; a template without a place for them leaves them out. The text
+        ends where the model's answer begins (`add_generation_prompt`), or inside the last message
+        (`continue_final_message`), or with it (neither). `template_arguments` are variables of the
+        template, such as `enable_thinking`.
+
+        Raises `InvalidRequest` where the model has no chat template (field "messages"), where the
+        template refuses the messages, with its own words, and for arguments that clash with others
+        ("continue_final_message", "template_arguments.NAME").
         """
         if not messages:
             raise _refused("there is no message: give at least one")
-        if not self.has_chat_template:
+        if self._template is None:
             raise _refused("this model has no chat template: use Generate with a prompt")
-        return self._encode(self._render(messages, answer_next=True), False, "messages")
+        text = self._template.render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            arguments=template_arguments,
+        )
+        return self._encode(text, False, "messages")
 
     def _encode(self, text: str, add_special_tokens: bool, field: str) -> list[int]:
         try:
@@ -139,108 +171,28 @@ class TextCodec:
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def _render(self, messages: Sequence[Mapping[str, str]], *, answer_next: bool) -> str:
-        from jinja2 import TemplateError
+    def _own_ends(self) -> tuple[int, ...]:
+        texts = map(self._tokenizer.special_tokens_map.get, _ENDS)
+        ids = (self._backend.token_to_id(text) for text in texts if text is not None)
+        return tuple(token for token in ids if token is not None)
 
-        conversation = [dict(message) for message in messages]
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    conversation, add_generation_prompt=answer_next, tokenize=False
-                )
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            roles = ", ".join(str(message.get("role")) for message in messages[:8])
-            raise _refused(
-                f"the model's chat template refuses a conversation of roles {roles} "
-                f"({error}): use the roles it knows, in the order it wants"
-            ) from error
-
-    def _end_of_answer(self) -> tuple[int, ...]:
-        """The special token right behind an assistant's message in the chat template, if any."""
-        if not self.has_chat_template:
-            return ()
+    def _ends_of_answers(self) -> tuple[int, ...]:
+        """What stands behind an assistant's message in the chat template, if it is a special token,
+        and the tokens known to end a tool call."""
+        calls = (self._backend.token_to_id(token) for token in _ENDS_OF_CALLS)
+        known = tuple(token for token in calls if token in self._special)
+        if self._template is None:
+            return known
         answer = "headwise"
         dialogue = ({"role": "user", "content": "?"}, {"role": "assistant", "content": answer})
         try:
-            rendered = self._render(dialogue, answer_next=False)
+            rendered = self._template.render(dialogue, add_generation_prompt=False)
         except InvalidRequest:
-            return ()
+            return known
         _, found, behind = rendered.rpartition(answer)
         ids = self.encode(behind, add_special_tokens=False)
-        return (ids[0],) if found and ids and ids[0] in self._special else ()
+        return (ids[0], *known) if found and ids and ids[0] in self._special else known
 
 
 def _refused(description: str) -> InvalidRequest:
     return InvalidRequest(Violation("messages", description))
-
-
-def _claims_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
-
-
-def _load_folder(path: str, revision: str | None) -> TokenizersBackend:
-    from transformers import AutoTokenizer, TokenizersBackend
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path,
-            revision=revision,
-            local_files_only=Path(path).is_dir(),
-            trust_remote_code=False,
-        )
-    # The Rust tokenizer raises bare Exception for a malformed tokenizer.json.
-    except Exception as error:
-        raise CheckpointError(
-            f"The tokenizer in {path} cannot be read ({error}): fetch its files again, or remove "
-            "them to serve token ids only."
-        ) from error
-    if not isinstance(tokenizer, TokenizersBackend):
-        raise CheckpointError(
-            f"The tokenizer in {path} is a {type(tokenizer).__name__} without a tokenizer.json: "
-            "convert it with transformers' save_pretrained, or remove it to serve token ids only."
-        )
-    return tokenizer
-
-
-def _generation_eos(path: str, revision: str | None) -> tuple[int, ...] | None:
-    """End tokens of generation_config.json; None where it is missing or does not name any."""
-    from transformers.utils import cached_file
-
-    file = cached_file(
-        path,
-        "generation_config.json",
-        revision=revision,
-        local_files_only=Path(path).is_dir(),
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if file is None:
-        return None
-    try:
-        eos = json.loads(Path(file).read_bytes()).get("eos_token_id")
-        if eos is None:
-            return None
-        return tuple(int(token) for token in (eos if isinstance(eos, list) else [eos]))
-    except (ValueError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({error}): fetch it again, or remove it."
-        ) from error
-
-
-def _file(path: str, name: str, revision: str | None) -> Path:
-    """A file of a folder, or of a hub id's local copy."""
-    folder = Path(path)
-    if folder.is_dir():
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"There is no file {name} in {path}: check its name.")
-        return file
-    from transformers.utils import cached_file
-
-    try:
-        return Path(cached_file(path, name, revision=revision))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{name} of {path} cannot be fetched ({error}): check both names."
-        ) from error

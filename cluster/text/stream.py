@@ -12,7 +12,8 @@ from cluster.text.stops import StopMatcher
 from shards.contract import Logprobs
 
 # Tokens replayed on resume: those that the longest stop string can span, where a character is up to
-# 4 tokens, and some more for tokens without text.
+# 4 tokens, and some more for tokens without text and for bytes that are no text, of which the
+# detokenizer holds back as many as it would have.
 _TOKENS_PER_CHARACTER = 4
 _REPLAY_MARGIN = 32
 
@@ -33,6 +34,7 @@ class TextDelta:
     timing: Timing | None = None
     seed: int | None = None
     score: float | None = None
+    queued: float | None = None
 
 
 class TextStream:
@@ -40,7 +42,7 @@ class TextStream:
 
     Iteration ends after the last sample's finish. A stop string ends its sample here, where the
     text is, and the driver is told; that delta's timing counts from the construction of this
-    object, with `queue` 0 (only the driver knows) unless the driver ended the sample too.
+    object, unless the driver ended the sample too.
 
     With `request.generated`, text goes on where those tokens leave it: a character or a possible
     stop string that they leave incomplete is part of the new text, as if nothing had happened.
@@ -77,6 +79,8 @@ class TextStream:
             sample.first_token = time.monotonic() - self._arrival
         if event.seed is not None:
             sample.seed = event.seed
+        if event.queued is not None:
+            sample.queued = event.queued
         used, text, matched = sample.advance(event.tokens, last=event.finish is not None)
         if matched is not None or event.finish is not None:
             del self._samples[event.index]
@@ -93,6 +97,7 @@ class TextStream:
                 event.timing,
                 event.seed,
                 event.score,
+                event.queued,
             )
         if event.finish is None:
             self._stream.finish_sample(event.index)
@@ -111,6 +116,7 @@ class TextStream:
             ),
             event.timing or self._timing(sample),
             sample.seed,
+            queued=event.queued,
         )
 
     def close(self) -> None:
@@ -136,7 +142,7 @@ class TextStream:
     def _timing(self, sample: _Sample) -> Timing:
         total = time.monotonic() - self._arrival
         first_token = total if sample.first_token is None else sample.first_token
-        return Timing(queue=0.0, first_token=first_token, total=total)
+        return Timing(queue=sample.queued, first_token=first_token, total=total)
 
 
 class _Sample:
@@ -145,6 +151,7 @@ class _Sample:
     def __init__(self, codec: Decoder | None, request: Request, skip_special_tokens: bool) -> None:
         self.count = len(request.generated)  # tokens so far, an earlier attempt's included
         self.first_token: float | None = None  # seconds after arrival
+        self.queued = 0.0
         self.seed = request.sampling.seed if request.n == 1 else None
         self._min_tokens = request.stopping.min_tokens
         self._detokenizer: Detokenizer | None = None
@@ -153,7 +160,7 @@ class _Sample:
             return
         strings = request.stopping.strings
         longest = max(map(len, strings), default=0)
-        replayed = longest * _TOKENS_PER_CHARACTER + _REPLAY_MARGIN if strings else 0
+        replayed = longest * _TOKENS_PER_CHARACTER + _REPLAY_MARGIN
         split = max(0, len(request.generated) - replayed)
         context = request.prompt + request.generated[:split]
         self._detokenizer = Detokenizer(codec, context, skip_special_tokens)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.checkpoint.checkpoint import Checkpoint, TensorInfo
+from shards.checkpoint.float8 import float8_of, scaled
 from shards.checkpoint.locate import CONFIG, Located, locate
 from shards.checkpoint.safetensors_index import open_safetensors
 from shards.checkpoint.verify import resolve, verify
@@ -68,14 +69,17 @@ def load_spec(model: str, revision: str | None = None) -> ModelSpec:
     located: Located = locate(model, revision, weights=False)
     if located.kind == "gguf":
         return _gguf_spec(located.path)[2]
-    config = _config(located.path)
+    config = _json_object(located.path / CONFIG)
+    float8_of(config)  # refuses what could not be read
     return masked(family_of_config(config).spec(config), config)
 
 
 def _open_folder(name: str, folder: Path) -> ModelSource:
-    config = _config(folder)
-    family = family_of_config(config)
+    config = _json_object(folder / CONFIG)
+    family, float8 = family_of_config(config), float8_of(config)
     checkpoint = open_safetensors(folder)
+    if float8 is not None:
+        checkpoint = scaled(checkpoint, float8)
     if config.get("dtype") is None and config.get("torch_dtype") is None:
         config["dtype"] = _main_dtype(checkpoint.tensors)
     spec = masked(family.spec(config), config)
@@ -95,7 +99,7 @@ def _open_folder(name: str, folder: Path) -> ModelSource:
 def _open_gguf(name: str, path: Path) -> ModelSource:
     file, family, spec, names = _gguf_spec(path)
     sources = _checked(file.checkpoint, family, spec, names.sources(spec))
-    eos = (file.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot"))
+    eos = (file.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom"))
     return ModelSource(
         name=name,
         path=str(path),
@@ -114,19 +118,6 @@ def _checked(
     resolved = resolve(sources, checkpoint.tensors, family.prefix)
     verify(checkpoint, spec, resolved, family.ignored, family.prefix)
     return resolved
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    config = _json_object(folder / CONFIG)
-    quantisation = config.get("quantization_config")
-    if quantisation is not None:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-        if method != "mxfp4":  # GPT-OSS: its sources say which tensors are blocks
-            raise UnsupportedModel(
-                f"config field quantization_config is there (quant_method {method!r}): only "
-                "mxfp4, unquantised safetensors and GGUF files are known"
-            )
-    return config
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -222,9 +213,9 @@ def _vector(file: GGUFFile, name: str) -> Sequence[float]:
 
 def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
     """That of the most bytes; float32 where those are quantised, for what they are widened to.
-    MXFP4's bytes (U8) do not count: beside them a checkpoint is in its own dtype."""
+    MXFP4's bytes (U8) and FP8 do not count: beside them a checkpoint is in its own dtype."""
     nbytes: dict[str, int] = {}
     for info in tensors.values():
-        if info.dtype != "U8":
+        if info.dtype != "U8" and info.scales is None:
             nbytes[info.dtype] = nbytes.get(info.dtype, 0) + info.nbytes
     return _DTYPES.get(max(nbytes, key=lambda dtype: nbytes[dtype], default="F32"), "float32")
