@@ -18,11 +18,13 @@ from headwise.errors import (
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
+    Quota,
     RequestCancelledError,
+    Resource,
     UnavailableError,
     Violation,
 )
-from headwise.options import ChatOptions, GenerateOptions, RetryPolicy, TLSOptions
+from headwise.options import ChatOptions, GenerateOptions, RequestOptions, RetryPolicy, TLSOptions
 from headwise.streams import AsyncCompletionStream, CompletionStream
 from headwise.types import (
     ChatMessage,
@@ -41,6 +43,8 @@ from headwise.types import (
     ServerInfo,
     Tokenization,
     TokenLogprob,
+    Tool,
+    ToolCall,
     TopToken,
     Usage,
 )
@@ -68,15 +72,20 @@ __all__ = [
     "ModelInfo",
     "NotFoundError",
     "OverloadedError",
+    "Quota",
     "Range",
     "Rank",
     "RankHealth",
     "RequestCancelledError",
+    "RequestOptions",
+    "Resource",
     "RetryPolicy",
     "ServerInfo",
     "TLSOptions",
     "TokenLogprob",
     "Tokenization",
+    "Tool",
+    "ToolCall",
     "TopToken",
     "UnavailableError",
     "Usage",

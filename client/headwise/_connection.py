@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import ipaddress
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import grpc
 
 from headwise._retry import Attempts, Deadline, check_timeout
+from headwise._target import Address, Target, target_of
 from headwise._version import __version__
 from headwise.options import RetryPolicy, TLSOptions
 
-# Schemes that gRPC resolves itself, besides host:port.
-_RESOLVED = ("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:", "xds:")
-_HOST_AND_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):(?P<port>\d{1,5})")
+Options: TypeAlias = tuple[tuple[str, int | str], ...]
 
 
 @dataclass(frozen=True)
 class Connection:
-    """What both clients need to open a channel and make calls.
+    """What both clients need to open their channels and make calls.
 
+    `control_options` are for the Control service, None where it shares the channel: it is to answer
+    also where a server computes nothing, which keeps a channel that checks health from using it.
     `metadata` goes with every call. `timeout` is the default of a call, in seconds.
     """
 
-    address: str
+    target: str
     credentials: grpc.ChannelCredentials | None
-    options: tuple[tuple[str, int | str], ...]
+    options: Options
+    control_options: Options | None
     metadata: tuple[tuple[str, str], ...]
     timeout: float | None
     retries: RetryPolicy
@@ -39,7 +42,7 @@ class Connection:
 
 
 def connection(
-    address: str,
+    address: Address,
     *,
     token: str | None,
     tls: TLSOptions | None,
@@ -52,27 +55,30 @@ def connection(
         if retries < 0:
             raise ValueError(f"retries must not be negative, not {retries}")
         retries = RetryPolicy(attempts=retries + 1)
-    host = _check_address(address)
+    target = target_of(address)
+    if target.listed and tls is not None and tls.server_name is None:
+        raise ValueError(
+            "tls.server_name is not set: several addresses need the name that is in their "
+            "servers' certificates"
+        )
+    options = _channel_options(target, tls)
     return Connection(
-        address=address,
+        target=target.name,
         credentials=None if tls is None else _credentials(tls),
-        options=_channel_options(host, tls),
+        options=(*options, *_balancing(checks_health=True)) if target.several else options,
+        control_options=(*options, *_balancing(checks_health=False)) if target.several else None,
         metadata=_metadata(token),
         timeout=timeout,
         retries=retries,
     )
 
 
-def _check_address(address: str) -> str | None:
-    """The host, None where gRPC resolves the address by its scheme."""
-    if not isinstance(address, str):
-        raise TypeError(f"address must be str, not {type(address).__name__}")
-    if address.startswith(_RESOLVED):
-        return None
-    match = _HOST_AND_PORT.fullmatch(address)
-    if match is None or not 0 < int(match["port"]) < 65536:
-        raise ValueError(f"address must be host:port, such as 127.0.0.1:50051, not {address!r}")
-    return match["host"].strip("[]")
+def _balancing(*, checks_health: bool) -> Options:
+    """Calls go round the servers that are there, and that compute if their health is checked."""
+    config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
+    if checks_health:
+        config["healthCheckConfig"] = {"serviceName": "headwise.v1.Inference"}
+    return (("grpc.service_config", json.dumps(config)),)
 
 
 def _metadata(token: str | None) -> tuple[tuple[str, str], ...]:
@@ -86,36 +92,31 @@ def _metadata(token: str | None) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {token}"),)
 
 
-def _channel_options(host: str | None, tls: TLSOptions | None) -> tuple[tuple[str, int | str], ...]:
+def _channel_options(target: Target, tls: TLSOptions | None) -> Options:
     options: list[tuple[str, int | str]] = [
         ("grpc.primary_user_agent", f"headwise-python/{__version__}"),
         # Logprobs of a long prompt are larger than the default of 4 MB; the server sets the limit.
         ("grpc.max_receive_message_length", -1),
-        # One retry policy, ours: it knows the deadline and RetryInfo.
+        # One retry policy, ours: it knows the deadline, RetryInfo and what has arrived.
         ("grpc.enable_retries", 0),
         # A server that comes back is found within our own backoff, not gRPC's minute.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
-        # A host that vanished without a word ends its streams. Servers refuse pings more frequent
-        # than one in 5 minutes unless they are told otherwise.
-        ("grpc.keepalive_time_ms", 310_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
+        # A host that vanished without a word breaks its streams, so that they can be resumed. Our
+        # server takes a ping every 10 s; one in between that does not slows gRPC down by itself.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        # A stream that waits in the queue is silent, and pinged all the same.
+        ("grpc.http2.max_pings_without_data", 0),
         # Otherwise clients of the same address share a connection and its backoff.
         ("grpc.use_local_subchannel_pool", 1),
     ]
-    if host is not None and _is_loopback(host):
+    if target.loopback:
         # gRPC obeys http_proxy, and a proxy does not know this machine's loopback.
         options.append(("grpc.enable_http_proxy", 0))
     if tls is not None and tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
     return tuple(options)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _credentials(tls: TLSOptions) -> grpc.ChannelCredentials:

@@ -10,18 +10,33 @@ from __future__ import annotations
 import difflib
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
+from google.protobuf.wrappers_pb2 import StringValue
 
-from headwise.errors import InvalidRequestError, Violation
-from headwise.options import ChatOptions, GenerateOptions
-from headwise.types import ChatMessage
+from headwise._conversation import MessageLike, ToolLike, write_conversation, write_schema
+from headwise._fields import (
+    Faults,
+    check_sequence,
+    extend_ids,
+    set_field,
+    set_given,
+    type_name,
+)
+from headwise.options import ChatOptions, GenerateOptions, RequestOptions
 from headwise.v1 import control_pb2
 from headwise.v1 import inference_pb2 as pb
 
-MessageLike: TypeAlias = ChatMessage | Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int]
+
+_AboutModel = TypeVar(
+    "_AboutModel",
+    control_pb2.GetServerInfoRequest,
+    control_pb2.GetModelInfoRequest,
+    control_pb2.GetLoadRequest,
+    control_pb2.GetHealthRequest,
+)
 
 # Options whose name and meaning are those of a field, by the message that has it.
 _REQUEST = ("request_id", "model", "n", "priority")
@@ -41,53 +56,27 @@ _BEAM_SEARCH = {
     "length_penalty": "length_penalty",
     "early_stopping": "early_stopping",
 }
+_LANGUAGES = ("json_schema", "regex", "lark", "choices")
 _OUTPUT = ("logprobs", "prompt_logprobs", "echo", "skip_text", "skip_special_tokens")
-
-_LIMITS = {
-    "uint32": (0, 2**32 - 1),
-    "int32": (-(2**31), 2**31 - 1),
-    "uint64": (0, 2**64 - 1),
-}
-
-
-class _Faults:
-    """Values that no message can carry, gathered so that one error names them all."""
-
-    def __init__(self) -> None:
-        self._violations: list[Violation] = []
-
-    def out_of_range(self, argument: str, value: object, kind: str = "uint32") -> None:
-        low, high = _LIMITS[kind]
-        self._violations.append(Violation(argument, f"{value} is not in [{low}, {high}]"))
-
-    def not_utf8(self, argument: str, error: UnicodeEncodeError) -> None:
-        self._violations.append(
-            Violation(argument, f"not valid Unicode: lone surrogate at {error.start}")
-        )
-
-    def check(self) -> None:
-        if self._violations:
-            message = "; ".join(f"{fault.field}: {fault.description}" for fault in self._violations)
-            raise InvalidRequestError(message, violations=self._violations)
 
 
 def generate_request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
     """Raises TypeError and InvalidRequestError as this module's head says."""
     _refuse_unknown(options, GenerateOptions.__optional_keys__)
-    faults = _Faults()
+    faults = Faults()
     request = pb.GenerateRequest()
     if isinstance(prompt, str):
-        _set(request, "text", prompt, faults, argument="prompt")
+        set_field(request, "text", prompt, faults, argument="prompt")
     else:
-        _check_not_text(prompt, "prompt", "text or a sequence of token ids")
+        check_sequence(prompt, "prompt", "text or a sequence of token ids")
         request.token_ids.SetInParent()
-        _extend(request.token_ids.ids, prompt, "prompt", faults)
+        extend_ids(request.token_ids.ids, prompt, "prompt", faults)
     _apply(request, options, faults)
     given: Mapping[str, object] = {**options}
     for option, field in _BEAM_SEARCH.items():
         if given.get(option) is not None:
             request.beam_search.SetInParent()
-            _set(request.beam_search, field, given[option], faults, argument=option)
+            set_field(request.beam_search, field, given[option], faults, argument=option)
     faults.check()
     return request
 
@@ -95,26 +84,47 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateReq
 def chat_request(messages: Sequence[MessageLike], options: ChatOptions) -> pb.ChatRequest:
     """Raises as `generate_request` does."""
     _refuse_unknown(options, ChatOptions.__optional_keys__)
-    faults = _Faults()
-    request = pb.ChatRequest(messages=_messages(messages, faults))
+    faults = Faults()
+    request = pb.ChatRequest()
+    write_conversation(
+        request,
+        messages,
+        tools=options.get("tools"),
+        template_arguments=options.get("template_arguments"),
+        continue_final_message=options.get("continue_final_message"),
+        faults=faults,
+    )
     _apply(request, options, faults)
     faults.check()
     return request
 
 
 def tokenize_request(
-    prompt: str | Sequence[MessageLike], add_special_tokens: bool | None, model: str | None
+    prompt: str | Sequence[MessageLike],
+    *,
+    add_special_tokens: bool | None,
+    tools: Sequence[ToolLike] | None,
+    template_arguments: Mapping[str, Any] | None,
+    continue_final_message: bool | None,
+    model: str | None,
 ) -> pb.TokenizeRequest:
     """Raises as `generate_request` does."""
-    faults = _Faults()
+    faults = Faults()
     request = pb.TokenizeRequest()
     if isinstance(prompt, str):
-        _set(request, "text", prompt, faults, argument="prompt")
+        set_field(request, "text", prompt, faults, argument="prompt")
     else:
-        _check_not_text(prompt, "prompt", "text or a sequence of messages")
+        check_sequence(prompt, "prompt", "text or a sequence of messages")
         request.conversation.SetInParent()
-        request.conversation.messages.extend(_messages(prompt, faults))
-    _set_given(request, {"add_special_tokens": add_special_tokens, "model": model}, faults)
+        write_conversation(
+            request.conversation,
+            prompt,
+            tools=tools,
+            template_arguments=template_arguments,
+            continue_final_message=continue_final_message,
+            faults=faults,
+        )
+    set_given(request, {"add_special_tokens": add_special_tokens, "model": model}, faults)
     faults.check()
     return request
 
@@ -123,37 +133,37 @@ def detokenize_request(
     token_ids: Sequence[int], skip_special_tokens: bool | None, model: str | None
 ) -> pb.DetokenizeRequest:
     """Raises as `generate_request` does."""
-    faults = _Faults()
+    faults = Faults()
     request = pb.DetokenizeRequest()
-    _check_not_text(token_ids, "token_ids", "a sequence of token ids")
-    _extend(request.token_ids, token_ids, "token_ids", faults)
-    _set_given(request, {"skip_special_tokens": skip_special_tokens, "model": model}, faults)
+    check_sequence(token_ids, "token_ids", "a sequence of token ids")
+    extend_ids(request.token_ids, token_ids, "token_ids", faults)
+    set_given(request, {"skip_special_tokens": skip_special_tokens, "model": model}, faults)
     faults.check()
     return request
 
 
 def abort_request(request_id: str) -> control_pb2.AbortRequest:
     """Raises as `generate_request` does."""
-    faults = _Faults()
+    faults = Faults()
     request = control_pb2.AbortRequest()
-    _set(request, "request_id", request_id, faults)
+    set_field(request, "request_id", request_id, faults)
     faults.check()
     return request
 
 
-def model_info_request(model: str | None) -> control_pb2.GetModelInfoRequest:
-    """Raises as `generate_request` does."""
-    faults = _Faults()
-    request = control_pb2.GetModelInfoRequest()
-    _set_given(request, {"model": model}, faults)
+def about(kind: type[_AboutModel], model: str | None) -> _AboutModel:
+    """A request of the Control service that asks about a model. Raises as `generate_request`."""
+    faults = Faults()
+    request = kind()
+    set_given(request, {"model": model}, faults)
     faults.check()
     return request
 
 
 def _apply(
     request: pb.GenerateRequest | pb.ChatRequest,
-    options: GenerateOptions | ChatOptions,
-    faults: _Faults,
+    options: RequestOptions,
+    faults: Faults,
 ) -> None:
     given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
     groups: tuple[tuple[Message, tuple[str, ...]], ...] = (
@@ -163,66 +173,56 @@ def _apply(
         (request.output, _OUTPUT),
     )
     for message, names in groups:
-        _set_given(message, {name: given.get(name) for name in names}, faults)
+        set_given(message, {name: given.get(name) for name in names}, faults)
     if not request.request_id:
         # Known to both sides from the start: the caller can abort and search the logs with it.
         request.request_id = uuid.uuid4().hex
     if "logit_bias" in given:
         _set_logit_bias(request.sampling, given["logit_bias"], faults)
     _add_stops(request.stopping, given.get("stop", ()), given.get("stop_token_ids", ()), faults)
+    _set_constraint(request, given, faults)
+    _set_prefix_cache(request, given, faults)
     if "generated" in given:
         request.generated.SetInParent()
-        _check_not_text(given["generated"], "generated", "a sequence of token ids")
-        _extend(request.generated.ids, given["generated"], "generated", faults)
+        check_sequence(given["generated"], "generated", "a sequence of token ids")
+        extend_ids(request.generated.ids, given["generated"], "generated", faults)
 
 
-def _set_given(message: Message, values: Mapping[str, object], faults: _Faults) -> None:
-    for field, value in values.items():
-        if value is not None:
-            _set(message, field, value, faults)
-
-
-def _set(
-    message: Message, field: str, value: object, faults: _Faults, argument: str | None = None
+def _set_constraint(
+    request: pb.GenerateRequest | pb.ChatRequest, given: Mapping[str, Any], faults: Faults
 ) -> None:
-    argument = argument or field
-    kind = message.DESCRIPTOR.fields_by_name[field]
-    if kind.type == kind.TYPE_STRING and not isinstance(value, str):
-        # protobuf would take bytes for text.
-        raise TypeError(f"{argument} must be str, not {_type_name(value)}")
-    try:
-        setattr(message, field, value)
-    except TypeError:
-        expected = {kind.TYPE_FLOAT: "float", kind.TYPE_BOOL: "bool"}.get(kind.type, "int")
-        raise TypeError(f"{argument} must be {expected}, not {_type_name(value)}") from None
-    except UnicodeEncodeError as error:
-        faults.not_utf8(argument, error)
-    except (ValueError, OverflowError):
-        wire = {kind.TYPE_INT32: "int32", kind.TYPE_UINT64: "uint64"}.get(kind.type, "uint32")
-        faults.out_of_range(argument, value, wire)
+    languages = [name for name in _LANGUAGES if name in given]
+    if len(languages) > 1:
+        faults.add(languages[1], f"does not go with {languages[0]}: a text is held to one language")
+    for language in languages[:1]:
+        value = given[language]
+        if language == "choices":
+            check_sequence(value, "choices", "a sequence of texts")
+            request.constraint.choices.SetInParent()
+            for position, text in enumerate(value):
+                checked = StringValue()
+                set_field(checked, "value", text, faults, argument=f"choices[{position}]")
+                request.constraint.choices.texts.append(checked.value)
+        else:
+            if language == "json_schema":
+                value = write_schema(value, language, faults)
+            set_field(request.constraint, language, value, faults)
 
 
-def _extend(target: Any, ids: Iterable[int], argument: str, faults: _Faults) -> None:
-    """Append token ids. A long prompt is converted in one call, and looked at singly only if that
-    fails."""
-    ids = list(ids)
-    try:
-        target.extend(ids)
-    except (TypeError, ValueError, OverflowError):
-        for position, token in enumerate(ids):
-            try:
-                pb.TokenIds(ids=[token])
-            except TypeError:
-                raise TypeError(
-                    f"{argument}[{position}] must be a token id (int), not {_type_name(token)}"
-                ) from None
-            except (ValueError, OverflowError):
-                faults.out_of_range(f"{argument}[{position}]", token)
+def _set_prefix_cache(
+    request: pb.GenerateRequest | pb.ChatRequest, given: Mapping[str, Any], faults: Faults
+) -> None:
+    if "cache" in given:
+        if not isinstance(given["cache"], bool):
+            raise TypeError(f"cache must be bool, not {type_name(given['cache'])}")
+        request.prefix_cache.disabled = not given["cache"]
+    if "cache_salt" in given:
+        set_field(request.prefix_cache, "salt", given["cache_salt"], faults, argument="cache_salt")
 
 
-def _set_logit_bias(sampling: pb.Sampling, bias: Mapping[int, float], faults: _Faults) -> None:
+def _set_logit_bias(sampling: pb.Sampling, bias: Mapping[int, float], faults: Faults) -> None:
     if not isinstance(bias, Mapping):
-        raise TypeError(f"logit_bias must map token ids to floats, not {_type_name(bias)}")
+        raise TypeError(f"logit_bias must map token ids to floats, not {type_name(bias)}")
     for token, value in bias.items():
         try:
             sampling.logit_bias[token] = value
@@ -238,45 +238,18 @@ def _add_stops(
     stopping: pb.Stopping,
     texts: str | Sequence[str],
     token_ids: Sequence[int],
-    faults: _Faults,
+    faults: Faults,
 ) -> None:
     if isinstance(texts, str):
         texts = [texts]
-    _check_not_text(texts, "stop", "text or a sequence of texts")
+    check_sequence(texts, "stop", "text or a sequence of texts")
     for position, text in enumerate(texts):
         condition = stopping.conditions.add()
-        _set(condition, "text", text, faults, argument=f"stop[{position}]")
-    _check_not_text(token_ids, "stop_token_ids", "a sequence of token ids")
+        set_field(condition, "text", text, faults, argument=f"stop[{position}]")
+    check_sequence(token_ids, "stop_token_ids", "a sequence of token ids")
     for position, token in enumerate(token_ids):
         condition = stopping.conditions.add()
-        _set(condition, "token_id", token, faults, argument=f"stop_token_ids[{position}]")
-
-
-def _messages(messages: Sequence[MessageLike], faults: _Faults) -> list[pb.ChatMessage]:
-    _check_not_text(messages, "messages", "a sequence of messages")
-    converted = []
-    for position, message in enumerate(messages):
-        where = f"messages[{position}]"
-        fields: dict[str, object]
-        if isinstance(message, ChatMessage):
-            fields = {"role": message.role, "content": message.content}
-        elif isinstance(message, Mapping):
-            fields = dict(message)
-        else:
-            raise TypeError(f"{where} must be a ChatMessage or a dict, not {_type_name(message)}")
-        if fields.keys() != {"role", "content"}:
-            found = ", ".join(map(repr, fields)) or "nothing"
-            raise ValueError(f"{where} must have 'role' and 'content'; it has {found}")
-        target = pb.ChatMessage()
-        for name, value in fields.items():
-            _set(target, name, value, faults, argument=f"{where}.{name}")
-        converted.append(target)
-    return converted
-
-
-def _check_not_text(value: object, argument: str, expected: str) -> None:
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise TypeError(f"{argument} must be {expected}, not {_type_name(value)}")
+        set_field(condition, "token_id", token, faults, argument=f"stop_token_ids[{position}]")
 
 
 def _refuse_unknown(options: Mapping[str, object], known: Iterable[str]) -> None:
@@ -285,7 +258,3 @@ def _refuse_unknown(options: Mapping[str, object], known: Iterable[str]) -> None
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"unknown option {name!r}{hint}")
-
-
-def _type_name(value: object) -> str:
-    return type(value).__name__

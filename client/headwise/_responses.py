@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
+from pydantic import BaseModel
 
 from headwise import types
 from headwise.errors import HeadwiseError
@@ -28,28 +29,29 @@ StreamMessage = inference_pb2.GenerateResponse | inference_pb2.ChatResponse
 
 
 class Gathering:
-    """Puts the messages of one stream together: `add` each, then `completion()`."""
+    """Puts the messages of one request together: `add` each, then `completion()`."""
 
     def __init__(self, request_id: str, samples: int) -> None:
         self.request_id = request_id
-        self._expected = samples
+        self.samples = samples
+        self.model: type[BaseModel] | None = None
+        """What the text is JSON of, for `Choice.parsed`."""
         self._samples: defaultdict[int, _Sample] = defaultdict(_Sample)
         self._prompt_logprobs: tuple[types.TokenLogprob, ...] = ()
 
-    @classmethod
-    def of(cls, request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest) -> Gathering:
-        """For the answer to a request; `n` left out is one sample."""
-        return cls(request.request_id, request.n if request.HasField("n") else 1)
-
-    def add(self, message: StreamMessage) -> types.Delta:
-        """The message as a delta; raises HeadwiseError for a sample that was not asked for."""
-        if message.index >= self._expected:
+    def add(self, message: StreamMessage, samples: range) -> types.Delta:
+        """The message as a delta. `samples` are those that its call was to bring; raises
+        HeadwiseError for another one."""
+        if message.index >= min(len(samples), self.samples):
             raise HeadwiseError(
-                f"the server sent sample {message.index}; {self._expected} were asked for",
+                f"the server sent sample {message.index}; {self.samples} were asked for",
                 request_id=self.request_id,
             )
-        delta = read_delta(message)
-        self._samples[delta.index].add(delta)
+        delta = read_delta(message, samples[message.index])
+        sample = self._samples[delta.index]
+        sample.add(delta)
+        if isinstance(message, inference_pb2.GenerateResponse):
+            sample.echoed += message.echoed_tokens
         if delta.prompt_logprobs:
             self._prompt_logprobs = delta.prompt_logprobs
         return delta
@@ -57,54 +59,70 @@ class Gathering:
     @property
     def complete(self) -> bool:
         """Whether every sample has finished."""
-        return all(self._samples[index].finish is not None for index in range(self._expected))
+        return all(map(self.finished, range(self.samples)))
+
+    def begun(self, index: int) -> bool:
+        """Whether something of a sample has arrived."""
+        return index in self._samples
+
+    def finished(self, index: int) -> bool:
+        """Whether all of a sample has arrived."""
+        return self.begun(index) and self._samples[index].finish is not None
 
     def text(self, index: int) -> str:
         """What a sample has said so far."""
-        return "".join(self._samples[index].text)
+        return "".join(self._samples[index].text) if self.begun(index) else ""
 
     def token_ids(self, index: int) -> tuple[int, ...]:
-        """The tokens that a sample has so far."""
-        return tuple(self._samples[index].token_ids)
+        """The tokens that a sample has so far, an echo of the prompt's included."""
+        return tuple(self._samples[index].token_ids) if self.begun(index) else ()
+
+    def generated(self, index: int) -> list[int]:
+        """The tokens that were generated for a sample."""
+        if not self.begun(index):
+            return []
+        sample = self._samples[index]
+        return sample.token_ids[sample.echoed :]
 
     def completion(self) -> types.Completion:
         """Everything; raises HeadwiseError if a sample has not finished."""
-        choices = []
-        for index in range(self._expected):
-            sample = self._samples[index]
-            if sample.finish is None:
-                raise HeadwiseError(
-                    f"the stream ended before sample {index} finished", request_id=self.request_id
-                )
-            choices.append(
-                types.Choice(
-                    index=index,
-                    text="".join(sample.text),
-                    token_ids=tuple(sample.token_ids),
-                    logprobs=tuple(sample.logprobs),
-                    finish_reason=sample.finish.reason,
-                    matched=sample.finish.matched,
-                    usage=sample.finish.usage,
-                    seed=sample.finish.seed,
-                    score=sample.finish.score,
-                )
-            )
         return types.Completion(
             request_id=self.request_id,
-            choices=tuple(choices),
+            choices=tuple(map(self._choice, range(self.samples))),
             prompt_logprobs=self._prompt_logprobs,
         )
 
+    def _choice(self, index: int) -> types.Choice:
+        sample = self._samples[index]
+        if sample.finish is None:
+            raise HeadwiseError(
+                f"the stream ended before sample {index} finished", request_id=self.request_id
+            )
+        choice = types.Choice(
+            index=index,
+            text="".join(sample.text),
+            token_ids=tuple(sample.token_ids),
+            logprobs=tuple(sample.logprobs),
+            finish_reason=sample.finish.reason,
+            matched=sample.finish.matched,
+            usage=sample.finish.usage,
+            seed=sample.finish.seed,
+            score=sample.finish.score,
+        )
+        return choice if self.model is None else choice.parsed_as(self.model)
+
 
 class _Sample:
-    """What one sample has so far, in the pieces it came in."""
+    """What one sample has so far, in the pieces it came in; `echoed` of its tokens, the first
+    ones, are the prompt's."""
 
-    __slots__ = ("finish", "logprobs", "text", "token_ids")
+    __slots__ = ("echoed", "finish", "logprobs", "text", "token_ids")
 
     def __init__(self) -> None:
         self.text: list[str] = []
         self.token_ids: list[int] = []
         self.logprobs: list[types.TokenLogprob] = []
+        self.echoed = 0
         self.finish: types.Finish | None = None
 
     def add(self, delta: types.Delta) -> None:
@@ -115,13 +133,13 @@ class _Sample:
             self.finish = delta.finish
 
 
-def read_delta(message: StreamMessage) -> types.Delta:
-    """One message of a stream."""
+def read_delta(message: StreamMessage, index: int) -> types.Delta:
+    """One message of a stream, about the sample `index`."""
     prompt_logprobs: tuple[types.TokenLogprob, ...] = ()
     if isinstance(message, inference_pb2.GenerateResponse):
         prompt_logprobs = _token_logprobs(message.prompt_logprobs)
     return types.Delta(
-        index=message.index,
+        index=index,
         text=message.text,
         token_ids=tuple(message.token_ids),
         logprobs=_token_logprobs(message.logprobs),
@@ -143,6 +161,11 @@ def read_text(message: inference_pb2.DetokenizeResponse) -> str:
 def read_found(message: control_pb2.AbortResponse) -> bool:
     """Whether there was such a request."""
     return message.found
+
+
+def read_models(message: control_pb2.ListModelsResponse) -> tuple[str, ...]:
+    """The names of the models that are served."""
+    return tuple(message.names)
 
 
 def read_server_info(message: control_pb2.GetServerInfoResponse) -> types.ServerInfo:
@@ -220,6 +243,7 @@ def _rank(message: control_pb2.Rank) -> types.Rank:
         vocabulary=_range(message.vocabulary),
         weight_bytes=message.weight_bytes,
         kv_bytes=message.kv_bytes,
+        replica=message.replica,
     )
 
 
@@ -231,6 +255,7 @@ def _rank_health(message: control_pb2.RankHealth) -> types.RankHealth:
         state=_HEALTH_STATES.get(message.state, types.HealthState.UNKNOWN),
         cause=message.cause,
         since=_time(message.since) if message.HasField("since") else None,
+        replica=message.replica,
     )
 
 

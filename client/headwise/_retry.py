@@ -30,34 +30,51 @@ class Deadline:
 
 
 class Attempts:
-    """The attempts at one call: `pause` after each failed one."""
+    """The attempts at one call: `pause` after each failed one, `progressed` when something came."""
 
     def __init__(self, policy: RetryPolicy, deadline: Deadline) -> None:
-        self._policy = policy
+        self.policy = policy
         self._deadline = deadline
         self._failed = 0
+        self._begun = False
+        self._broke_at = 0.0
 
     def remaining(self) -> float | None:
         """The timeout of the next attempt, in seconds."""
         return self._deadline.remaining()
 
-    def pause(self, error: HeadwiseError) -> float | None:
-        """Seconds to wait before the next attempt; None if there is none and `error` stands."""
+    def progressed(self) -> None:
+        """The attempts begin anew; from here on `resume_timeout` bounds them."""
+        self._begun = True
+        self._failed = 0
+
+    def pause(self, error: HeadwiseError, *, temporary: bool = False) -> float | None:
+        """Seconds to wait before the next attempt; None if there is none and `error` stands.
+
+        `temporary` is an error that another attempt may not meet, whatever its class says.
+        """
         self._failed += 1
-        if self._failed >= self._policy.attempts:
-            return None
+        if self._failed == 1:
+            self._broke_at = time.monotonic()
         if isinstance(error, OverloadedError):
             # Without a hint it is not the server's queue that is full, and may stay so.
             asked = error.retry_after
-            if asked is None or asked > self._policy.max_retry_after:
+            if asked is None or asked > self.policy.max_retry_after:
                 return None
-        elif isinstance(error, UnavailableError):
+        elif isinstance(error, UnavailableError) or temporary:
             asked = 0.0
         else:
             return None
-        pause = asked + _backoff(self._failed, self._policy)
+        pause = asked + _backoff(self._failed, self.policy)
+        if not self._may_fail_again_after(pause):
+            return None
         left = self._deadline.remaining()
         return pause if left is None or pause < left else None
+
+    def _may_fail_again_after(self, pause: float) -> bool:
+        if self._begun:
+            return time.monotonic() + pause - self._broke_at <= self.policy.resume_timeout
+        return self._failed < self.policy.attempts
 
 
 class Readiness:

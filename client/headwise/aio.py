@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -12,23 +12,26 @@ import grpc
 import grpc.aio
 
 from headwise import _requests, _responses
-from headwise._connection import connection
-from headwise._requests import MessageLike, Prompt
-from headwise._responses import Gathering
+from headwise._connection import Options, connection
+from headwise._conversation import MessageLike, ToolLike
+from headwise._requests import Prompt
+from headwise._resumption import Resumption, StreamRequest
 from headwise._retry import Readiness
 from headwise._status import read_error
+from headwise._target import Address
 from headwise.errors import HeadwiseError
 from headwise.options import (
     DEFAULT_RETRIES,
     NO_RETRIES,
     ChatOptions,
     GenerateOptions,
+    RequestOptions,
     RetryPolicy,
     TLSOptions,
 )
 from headwise.streams import AsyncCompletionStream
 from headwise.types import Completion, Health, Load, ModelInfo, ServerInfo, Tokenization
-from headwise.v1 import control_pb2, inference_pb2
+from headwise.v1 import control_pb2
 from headwise.v1.control_pb2_grpc import ControlStub
 from headwise.v1.inference_pb2_grpc import InferenceStub
 
@@ -43,7 +46,7 @@ class AsyncClient:
 
     def __init__(
         self,
-        address: str = "127.0.0.1:50051",
+        address: Address = "127.0.0.1:50051",
         *,
         token: str | None = None,
         tls: TLSOptions | None = None,
@@ -83,11 +86,21 @@ class AsyncClient:
         prompt: str | Sequence[MessageLike],
         *,
         add_special_tokens: bool | None = None,
+        tools: Sequence[ToolLike] | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+        continue_final_message: bool | None = None,
         model: str | None = None,
         timeout: float | None = None,
     ) -> Tokenization:
         """Token ids of a text or a conversation, as `generate` and `chat` would make them."""
-        request = _requests.tokenize_request(prompt, add_special_tokens, model)
+        request = _requests.tokenize_request(
+            prompt,
+            add_special_tokens=add_special_tokens,
+            tools=tools,
+            template_arguments=template_arguments,
+            continue_final_message=continue_final_message,
+            model=model,
+        )
         return await self._call(
             self._inference.Tokenize, request, _responses.read_tokenization, timeout
         )
@@ -104,30 +117,40 @@ class AsyncClient:
         request = _requests.detokenize_request(token_ids, skip_special_tokens, model)
         return await self._call(self._inference.Detokenize, request, _responses.read_text, timeout)
 
-    async def server_info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Versions, devices, limits, and which rank holds what."""
-        request = control_pb2.GetServerInfoRequest()
-        return await self._call(
-            self._control.GetServerInfo, request, _responses.read_server_info, timeout
-        )
+    async def list_models(self, *, timeout: float | None = None) -> tuple[str, ...]:
+        """The names of the models that are served."""
+        request = control_pb2.ListModelsRequest()
+        return await self._call(self._control.ListModels, request, _responses.read_models, timeout)
 
     async def model_info(
         self, model: str | None = None, *, timeout: float | None = None
     ) -> ModelInfo:
-        """The model that is served; raises NotFoundError for another."""
-        request = _requests.model_info_request(model)
+        """A model; raises NotFoundError for one that is not served.
+
+        Here and below, `model` may be left out where only one is served.
+        """
+        request = _requests.about(control_pb2.GetModelInfoRequest, model)
         return await self._call(
             self._control.GetModelInfo, request, _responses.read_model_info, timeout
         )
 
-    async def load(self, *, timeout: float | None = None) -> Load:
-        """How much work there is."""
-        request = control_pb2.GetLoadRequest()
+    async def server_info(
+        self, model: str | None = None, *, timeout: float | None = None
+    ) -> ServerInfo:
+        """Versions, devices, limits, and which rank of a model holds what."""
+        request = _requests.about(control_pb2.GetServerInfoRequest, model)
+        return await self._call(
+            self._control.GetServerInfo, request, _responses.read_server_info, timeout
+        )
+
+    async def load(self, model: str | None = None, *, timeout: float | None = None) -> Load:
+        """How much work there is for a model."""
+        request = _requests.about(control_pb2.GetLoadRequest, model)
         return await self._call(self._control.GetLoad, request, _responses.read_load, timeout)
 
-    async def health(self, *, timeout: float | None = None) -> Health:
-        """The state of every rank and its cause."""
-        request = control_pb2.GetHealthRequest()
+    async def health(self, model: str | None = None, *, timeout: float | None = None) -> Health:
+        """The state of every rank of a model and its cause."""
+        request = _requests.about(control_pb2.GetHealthRequest, model)
         return await self._call(self._control.GetHealth, request, _responses.read_health, timeout)
 
     async def abort(self, request_id: str, *, timeout: float | None = None) -> bool:
@@ -135,19 +158,22 @@ class AsyncClient:
         request = _requests.abort_request(request_id)
         return await self._call(self._control.Abort, request, _responses.read_found, timeout)
 
-    async def wait_until_ready(self, timeout: float | None = 60.0) -> Health:
-        """Ask for the health until the server computes, and return it.
+    async def wait_until_ready(
+        self, timeout: float | None = 60.0, *, model: str | None = None
+    ) -> Health:
+        """Ask for the health until a model's server computes, and return it.
 
         Raises DeadlineExceededError with the last cause if that takes more than `timeout` seconds,
         and at once what waiting will not mend, such as AuthenticationError.
         """
+        request = _requests.about(control_pb2.GetHealthRequest, model)
         readiness = Readiness(timeout)
         while True:
             poll_timeout = readiness.poll_timeout()
             try:
                 health = await self._call(
                     self._control.GetHealth,
-                    control_pb2.GetHealthRequest(),
+                    request,
                     _responses.read_health,
                     poll_timeout,
                     NO_RETRIES,
@@ -161,6 +187,7 @@ class AsyncClient:
     async def close(self) -> None:
         """Close the connection; calls in flight are cancelled."""
         await self._channel.close()
+        await self._control_channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -199,22 +226,30 @@ class AsyncClient:
     def _stream(
         self,
         method: Any,
-        request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest,
-        options: ChatOptions,
+        request: StreamRequest,
+        options: RequestOptions,
     ) -> AsyncCompletionStream:
-        def start(timeout: float | None) -> Any:
+        def start(request: StreamRequest, timeout: float | None) -> Any:
             return method(request, timeout=timeout, metadata=self._connection.metadata)
 
         attempts = self._connection.attempts(options.get("timeout"))
-        return AsyncCompletionStream(start, Gathering.of(request), attempts)
+        return AsyncCompletionStream(start, Resumption(request, options, attempts))
+
+    def _open(self, options: Options) -> grpc.aio.Channel:
+        target, credentials = self._connection.target, self._connection.credentials
+        if credentials is None:
+            return grpc.aio.insecure_channel(target, options=options)
+        return grpc.aio.secure_channel(target, credentials, options=options)
 
     # grpc.aio ties a channel to the loop it is opened on, so that waits for the first call.
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
-        address, options = self._connection.address, self._connection.options
-        if self._connection.credentials is None:
-            return grpc.aio.insecure_channel(address, options=options)
-        return grpc.aio.secure_channel(address, self._connection.credentials, options=options)
+        return self._open(self._connection.options)
+
+    @cached_property
+    def _control_channel(self) -> grpc.aio.Channel:
+        options = self._connection.control_options
+        return self._channel if options is None else self._open(options)
 
     @cached_property
     def _inference(self) -> Any:
@@ -222,4 +257,4 @@ class AsyncClient:
 
     @cached_property
     def _control(self) -> Any:
-        return ControlStub(self._channel)  # type: ignore[no-untyped-call]
+        return ControlStub(self._control_channel)  # type: ignore[no-untyped-call]

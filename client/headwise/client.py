@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
 from headwise import _requests, _responses
-from headwise._connection import connection
-from headwise._requests import MessageLike, Prompt
-from headwise._responses import Gathering
+from headwise._connection import Options, connection
+from headwise._conversation import MessageLike, ToolLike
+from headwise._requests import Prompt
+from headwise._resumption import Resumption, StreamRequest
 from headwise._retry import Readiness
 from headwise._status import read_error
+from headwise._target import Address
 from headwise.errors import HeadwiseError
 from headwise.options import (
     DEFAULT_RETRIES,
     NO_RETRIES,
     ChatOptions,
     GenerateOptions,
+    RequestOptions,
     RetryPolicy,
     TLSOptions,
 )
 from headwise.streams import CompletionStream
 from headwise.types import Completion, Health, Load, ModelInfo, ServerInfo, Tokenization
-from headwise.v1 import control_pb2, inference_pb2
+from headwise.v1 import control_pb2
 from headwise.v1.control_pb2_grpc import ControlStub
 from headwise.v1.inference_pb2_grpc import InferenceStub
 
@@ -34,7 +37,11 @@ _Result = TypeVar("_Result")
 
 
 class Client:
-    """A connection to one headwise server. Threads may share it.
+    """A connection to a headwise server, or to several that serve the same. Threads may share it.
+
+    `address` is host:port, a target of gRPC's (`unix:`, `dns:`), or a list of host:port. Calls go
+    round all the servers of a list or of a name; those that are away or compute nothing are left
+    out.
 
     `token` is sent as a bearer token: use it with `tls`, or on this machine only. `timeout` is the
     default of every call in seconds, retries included, None for no limit. `retries` is a number of
@@ -47,7 +54,7 @@ class Client:
 
     def __init__(
         self,
-        address: str = "127.0.0.1:50051",
+        address: Address = "127.0.0.1:50051",
         *,
         token: str | None = None,
         tls: TLSOptions | None = None,
@@ -57,13 +64,15 @@ class Client:
         self._connection = connection(
             address, token=token, tls=tls, timeout=timeout, retries=retries
         )
-        credentials, options = self._connection.credentials, self._connection.options
-        if credentials is None:
-            self._channel = grpc.insecure_channel(address, options=options)
-        else:
-            self._channel = grpc.secure_channel(address, credentials, options=options)
+        self._channel = self._open(self._connection.options)
+        # Opened, not connected: that waits for a first call.
+        self._control_channel = (
+            self._channel
+            if self._connection.control_options is None
+            else self._open(self._connection.control_options)
+        )
         self._inference: Any = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._control: Any = ControlStub(self._channel)  # type: ignore[no-untyped-call]
+        self._control: Any = ControlStub(self._control_channel)  # type: ignore[no-untyped-call]
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
         """Continue a prompt, text or token ids, and return the whole answer."""
@@ -92,11 +101,21 @@ class Client:
         prompt: str | Sequence[MessageLike],
         *,
         add_special_tokens: bool | None = None,
+        tools: Sequence[ToolLike] | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+        continue_final_message: bool | None = None,
         model: str | None = None,
         timeout: float | None = None,
     ) -> Tokenization:
         """Token ids of a text or a conversation, as `generate` and `chat` would make them."""
-        request = _requests.tokenize_request(prompt, add_special_tokens, model)
+        request = _requests.tokenize_request(
+            prompt,
+            add_special_tokens=add_special_tokens,
+            tools=tools,
+            template_arguments=template_arguments,
+            continue_final_message=continue_final_message,
+            model=model,
+        )
         return self._call(self._inference.Tokenize, request, _responses.read_tokenization, timeout)
 
     def detokenize(
@@ -111,26 +130,34 @@ class Client:
         request = _requests.detokenize_request(token_ids, skip_special_tokens, model)
         return self._call(self._inference.Detokenize, request, _responses.read_text, timeout)
 
-    def server_info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Versions, devices, limits, and which rank holds what."""
-        request = control_pb2.GetServerInfoRequest()
+    def list_models(self, *, timeout: float | None = None) -> tuple[str, ...]:
+        """The names of the models that are served."""
+        request = control_pb2.ListModelsRequest()
+        return self._call(self._control.ListModels, request, _responses.read_models, timeout)
+
+    def model_info(self, model: str | None = None, *, timeout: float | None = None) -> ModelInfo:
+        """A model; raises NotFoundError for one that is not served.
+
+        Here and below, `model` may be left out where only one is served.
+        """
+        request = _requests.about(control_pb2.GetModelInfoRequest, model)
+        return self._call(self._control.GetModelInfo, request, _responses.read_model_info, timeout)
+
+    def server_info(self, model: str | None = None, *, timeout: float | None = None) -> ServerInfo:
+        """Versions, devices, limits, and which rank of a model holds what."""
+        request = _requests.about(control_pb2.GetServerInfoRequest, model)
         return self._call(
             self._control.GetServerInfo, request, _responses.read_server_info, timeout
         )
 
-    def model_info(self, model: str | None = None, *, timeout: float | None = None) -> ModelInfo:
-        """The model that is served; raises NotFoundError for another."""
-        request = _requests.model_info_request(model)
-        return self._call(self._control.GetModelInfo, request, _responses.read_model_info, timeout)
-
-    def load(self, *, timeout: float | None = None) -> Load:
-        """How much work there is."""
-        request = control_pb2.GetLoadRequest()
+    def load(self, model: str | None = None, *, timeout: float | None = None) -> Load:
+        """How much work there is for a model."""
+        request = _requests.about(control_pb2.GetLoadRequest, model)
         return self._call(self._control.GetLoad, request, _responses.read_load, timeout)
 
-    def health(self, *, timeout: float | None = None) -> Health:
-        """The state of every rank and its cause."""
-        request = control_pb2.GetHealthRequest()
+    def health(self, model: str | None = None, *, timeout: float | None = None) -> Health:
+        """The state of every rank of a model and its cause."""
+        request = _requests.about(control_pb2.GetHealthRequest, model)
         return self._call(self._control.GetHealth, request, _responses.read_health, timeout)
 
     def abort(self, request_id: str, *, timeout: float | None = None) -> bool:
@@ -138,19 +165,20 @@ class Client:
         request = _requests.abort_request(request_id)
         return self._call(self._control.Abort, request, _responses.read_found, timeout)
 
-    def wait_until_ready(self, timeout: float | None = 60.0) -> Health:
-        """Ask for the health until the server computes, and return it.
+    def wait_until_ready(self, timeout: float | None = 60.0, *, model: str | None = None) -> Health:
+        """Ask for the health until a model's server computes, and return it.
 
         Raises DeadlineExceededError with the last cause if that takes more than `timeout` seconds,
         and at once what waiting will not mend, such as AuthenticationError.
         """
+        request = _requests.about(control_pb2.GetHealthRequest, model)
         readiness = Readiness(timeout)
         while True:
             poll_timeout = readiness.poll_timeout()
             try:
                 health = self._call(
                     self._control.GetHealth,
-                    control_pb2.GetHealthRequest(),
+                    request,
                     _responses.read_health,
                     poll_timeout,
                     NO_RETRIES,
@@ -164,6 +192,7 @@ class Client:
     def close(self) -> None:
         """Close the connection; calls in flight are cancelled."""
         self._channel.close()
+        self._control_channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -175,6 +204,12 @@ class Client:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _open(self, options: Options) -> grpc.Channel:
+        target, credentials = self._connection.target, self._connection.credentials
+        if credentials is None:
+            return grpc.insecure_channel(target, options=options)
+        return grpc.secure_channel(target, credentials, options=options)
 
     def _call(
         self,
@@ -202,11 +237,11 @@ class Client:
     def _stream(
         self,
         method: Any,
-        request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest,
-        options: ChatOptions,
+        request: StreamRequest,
+        options: RequestOptions,
     ) -> CompletionStream:
-        def start(timeout: float | None) -> Any:
+        def start(request: StreamRequest, timeout: float | None) -> Any:
             return method(request, timeout=timeout, metadata=self._connection.metadata)
 
         attempts = self._connection.attempts(options.get("timeout"))
-        return CompletionStream(start, Gathering.of(request), attempts)
+        return CompletionStream(start, Resumption(request, options, attempts))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Self, TypedDict
+from typing import Annotated, Any, Self, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from headwise.types import JsonSchema, Tool
 
 
 class TLSOptions(BaseModel):
@@ -34,10 +36,13 @@ class TLSOptions(BaseModel):
 class RetryPolicy(BaseModel):
     """When a call is tried again: the server is unavailable, or overloaded and says for how long.
 
+    A call is begun at most `attempts` times. A stream that breaks after its first message is
+    resumed where it was, as often as it takes, until nothing has arrived for `resume_timeout`
+    seconds; `attempts` 1 or `resume_timeout` 0 switches that off.
+
     The pause before retry n is between half of `initial_backoff` * 2^n seconds and the whole, at
     most `max_backoff`, on top of what the server asked for. An `OverloadedError` that asks for more
-    than `max_retry_after` seconds is raised at once. A stream is never tried again after its first
-    message. Neither is anything that would begin after the call's timeout.
+    than `max_retry_after` seconds is raised at once. Nothing begins after the call's timeout.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,14 +51,20 @@ class RetryPolicy(BaseModel):
     initial_backoff: Annotated[float, Field(gt=0)] = 0.1
     max_backoff: Annotated[float, Field(gt=0)] = 5.0
     max_retry_after: Annotated[float, Field(ge=0)] = 30.0
+    resume_timeout: Annotated[float, Field(ge=0)] = 60.0
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a stream that breaks is resumed."""
+        return self.attempts > 1 and self.resume_timeout > 0
 
 
 DEFAULT_RETRIES = RetryPolicy()
 NO_RETRIES = RetryPolicy(attempts=1)
 
 
-class ChatOptions(TypedDict, total=False):
-    """Options of `chat` and `stream_chat`. What is left out, or None, is the server's default."""
+class RequestOptions(TypedDict, total=False):
+    """Options of every request. What is left out, or None, is the server's default."""
 
     max_tokens: int | None
     """At most this many tokens; as far as the context goes by default."""
@@ -74,7 +85,7 @@ class ChatOptions(TypedDict, total=False):
     frequency_penalty: float | None
     """Subtracted per occurrence among the generated tokens, in [-2, 2]."""
     seed: int | None
-    """The same seed, prompt and options give the same tokens."""
+    """The same seed, prompt and options give the same tokens. Drawn by the client by default."""
     logit_bias: Mapping[int, float] | None
     """Token id -> value added to its logit, in [-100, 100]."""
     stop: str | Sequence[str] | None
@@ -85,6 +96,15 @@ class ChatOptions(TypedDict, total=False):
     """Go on past the model's own end tokens."""
     include_stop: bool | None
     """Leave the matched stop token or string in the output."""
+    json_schema: JsonSchema | None
+    """The text is a JSON value that this JSON Schema describes: a pydantic model, or a schema as a
+    dict or as JSON text. `{}` is any JSON value. `Completion.parsed` is the value."""
+    regex: str | None
+    """The text matches this regular expression as a whole."""
+    lark: str | None
+    """The text follows this context-free grammar in Lark's notation."""
+    choices: Sequence[str] | None
+    """The text is one of these."""
     logprobs: int | None
     """Log probabilities of each token and of this many alternatives, 0 to 20."""
     skip_text: bool | None
@@ -96,6 +116,12 @@ class ChatOptions(TypedDict, total=False):
     generated: Sequence[int] | None
     """Tokens that an earlier attempt already received: only what follows them is sent. Needs
     n = 1."""
+    resume: bool | None
+    """Go on where it was if the stream breaks; True by default. A beam search cannot be resumed."""
+    cache: bool | None
+    """Take part in prefix caching; True by default."""
+    cache_salt: str | None
+    """Share cached prefixes only with requests that give the same salt."""
     priority: int | None
     """Among waiting requests the higher goes first; 0 by default."""
     model: str | None
@@ -107,7 +133,18 @@ class ChatOptions(TypedDict, total=False):
     default."""
 
 
-class GenerateOptions(ChatOptions, total=False):
+class ChatOptions(RequestOptions, total=False):
+    """Options of `chat` and `stream_chat`."""
+
+    tools: Sequence[Tool | Mapping[str, Any]] | None
+    """Functions that the model may call, told to it by its chat template."""
+    template_arguments: Mapping[str, Any] | None
+    """What else the chat template is to know, such as `{"enable_thinking": False}`."""
+    continue_final_message: bool | None
+    """Go on with the last message, which is the assistant's, instead of beginning one."""
+
+
+class GenerateOptions(RequestOptions, total=False):
     """Options of `generate` and `stream`."""
 
     beam_width: int | None

@@ -4,114 +4,120 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
-from headwise._responses import Gathering
-from headwise._retry import Attempts
-from headwise._status import read_error
-from headwise.errors import HeadwiseError, RequestCancelledError
+from headwise._resumption import Leg, Resumption, StreamRequest
+from headwise.errors import RequestCancelledError
 from headwise.types import Completion, Delta
+
+Start = Callable[[StreamRequest, float | None], Any]
+"""Sends a request, with the seconds it may take, and returns the gRPC call."""
 
 
 class _Progress:
-    """What both kinds of stream know of their request, and when they begin it again."""
+    """What both kinds of stream know: the calls under way, of which the first is read."""
 
-    def __init__(
-        self,
-        start: Callable[[float | None], Any],
-        gathering: Gathering,
-        attempts: Attempts,
-    ) -> None:
-        """`start` sends the request, with the seconds it may take, and returns the gRPC call."""
-        self.request_id = gathering.request_id
+    def __init__(self, start: Start, resumption: Resumption) -> None:
+        self.request_id = resumption.gathering.request_id
         self._start = start
-        self._gathering = gathering
-        self._attempts = attempts
-        self._first_arrived = False
-        self._over = False
-        self._error: HeadwiseError | None = None
-        self._call = start(attempts.remaining())
+        self._resumption = resumption
+        self._error: Exception | None = None
+        # Replaced, never changed: another thread may be about to cancel them.
+        self._calls: tuple[tuple[Leg, Any], ...] = ()
+        self._begin([resumption.first_leg()])
 
     def text(self, index: int = 0) -> str:
         """What a sample has said so far, also after a failure or `cancel`."""
-        return self._gathering.text(index)
+        return self._resumption.gathering.text(index)
 
     def token_ids(self, index: int = 0) -> tuple[int, ...]:
         """The tokens that a sample has so far, also after a failure or `cancel`."""
-        return self._gathering.token_ids(index)
+        return self._resumption.gathering.token_ids(index)
 
-    def _arrived(self, message: Any) -> Delta:
-        self._first_arrived = True
-        return self._gathering.add(message)
+    def _begin(self, legs: Iterable[Leg]) -> None:
+        timeout = self._resumption.attempts.remaining()
+        started = tuple((leg, self._start(leg.request, timeout)) for leg in legs)
+        self._calls = started + self._calls
 
-    def _pause_after(self, fault: grpc.RpcError) -> float:
-        """Seconds to wait before another attempt; raises HeadwiseError if there is none.
+    def _end(self) -> None:
+        """Let go of every call."""
+        for _, call in self._calls:
+            call.cancel()
+        self._calls = ()
 
-        What has begun to arrive is not asked for again: the caller has seen it.
-        """
-        error = read_error(fault, self.request_id)
-        pause = None if self._first_arrived else self._attempts.pause(error)
-        if pause is None:
-            self._over, self._error = True, error
-            raise error from fault
-        return pause
+    def _fail(self, error: Exception) -> None:
+        self._error = error
+        self._end()
 
     def _outcome(self, cancelled: bool) -> Completion:
+        gathering = self._resumption.gathering
         if self._error is not None:
             raise self._error
-        if cancelled and not self._gathering.complete:
+        if cancelled and not gathering.complete:
             raise RequestCancelledError("cancelled by this client", request_id=self.request_id)
-        return self._gathering.completion()
+        return gathering.completion()
 
 
 class CompletionStream(_Progress, Iterator[Delta]):
     """The deltas of one request, in the order in which the server sends them.
 
-    The request is on its way as soon as this object exists. Leaving it as a context manager
-    cancels what is unfinished. One thread reads; any thread may call `cancel`.
+    The request is on its way as soon as this object exists, and resumed if its connection breaks.
+    Leaving it as a context manager cancels what is unfinished. One thread reads; any thread may
+    call `cancel`.
     """
 
-    def __init__(
-        self,
-        start: Callable[[float | None], Any],
-        gathering: Gathering,
-        attempts: Attempts,
-    ) -> None:
+    def __init__(self, start: Start, resumption: Resumption) -> None:
         self._cancelled = threading.Event()
-        super().__init__(start, gathering, attempts)
+        super().__init__(start, resumption)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Delta:
         """The next delta. Ends after the last one, and after `cancel`; raises HeadwiseError."""
-        while not self._over:
-            try:
-                return self._arrived(next(self._call))
-            except StopIteration:
-                self._over = True
-            except grpc.RpcError as fault:
-                if self._cancelled.is_set() or self._cancelled.wait(self._pause_after(fault)):
-                    self._over = True
-                else:
-                    self._begin_again()
-        raise StopIteration
+        try:
+            return self._next()
+        except StopIteration:
+            raise
+        except Exception as error:
+            self._fail(error)
+            raise
+        except BaseException:  # Ctrl-C: nobody reads on, so nothing more is to be computed
+            self._cancelled.set()
+            self._end()
+            raise
 
-    def _begin_again(self) -> None:
-        self._call = self._start(self._attempts.remaining())
-        if self._cancelled.is_set():
-            # `cancel`, on another thread, may have met the call before this one.
-            self._call.cancel()
+    def _next(self) -> Delta:
+        while self._calls:
+            leg, call = self._calls[0]
+            try:
+                return self._resumption.arrived(leg, next(call))
+            except StopIteration:
+                self._calls = self._calls[1:]
+            except grpc.RpcError as fault:
+                if self._cancelled.is_set():
+                    break
+                legs, pause = self._resumption.legs_after(leg, fault)
+                if self._cancelled.wait(pause):
+                    break
+                self._calls = self._calls[1:]
+                self._begin(legs)
+                if self._cancelled.is_set():
+                    # `cancel`, on another thread, may have met the calls before these.
+                    break
+        self._end()
+        raise StopIteration
 
     def cancel(self) -> None:
         """Stop the work on the server. Iteration ends; does nothing if it has ended already."""
-        if not self._over:
+        if self._calls:
             self._cancelled.set()
-            self._call.cancel()
+            for _, call in self._calls:
+                call.cancel()
 
     def result(self) -> Completion:
         """Read what is left and return everything, also if called again.
@@ -140,51 +146,62 @@ class AsyncCompletionStream(_Progress, AsyncIterator[Delta]):
     Cancelling the task that reads cancels the request.
     """
 
-    def __init__(
-        self,
-        start: Callable[[float | None], Any],
-        gathering: Gathering,
-        attempts: Attempts,
-    ) -> None:
+    def __init__(self, start: Start, resumption: Resumption) -> None:
         self._cancelled = asyncio.Event()
-        super().__init__(start, gathering, attempts)
+        super().__init__(start, resumption)
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Delta:
         """The next delta. Ends after the last one, and after `cancel`; raises HeadwiseError."""
-        while not self._over:
+        try:
+            return await self._next()
+        except StopAsyncIteration:
+            raise
+        except asyncio.CancelledError:
+            # Raised for our own `cancel`, and if the task that reads is being cancelled.
+            ours = self._cancelled.is_set()
+            self._cancelled.set()
+            self._end()
+            if not ours or _being_cancelled():
+                raise
+            raise StopAsyncIteration from None
+        except Exception as error:
+            self._fail(error)
+            raise
+
+    async def _next(self) -> Delta:
+        while self._calls:
+            leg, call = self._calls[0]
             try:
-                message = await self._call.read()
+                message = await call.read()
             except grpc.RpcError as fault:
-                await self._begin_again(self._pause_after(fault))
-            except asyncio.CancelledError:
-                # Raised for our own `cancel`, and if the task that reads is being cancelled.
-                ours = self._cancelled.is_set()
-                self.cancel()
-                self._over = True
-                if not ours or _being_cancelled():
-                    raise
+                legs, pause = self._resumption.legs_after(leg, fault)
+                if await self._cancelled_within(pause):
+                    break
+                self._calls = self._calls[1:]
+                self._begin(legs)
             else:
                 if message is not grpc.aio.EOF:
-                    return self._arrived(message)
-                self._over = True
+                    return self._resumption.arrived(leg, message)
+                self._calls = self._calls[1:]
+        self._end()
         raise StopAsyncIteration
 
-    async def _begin_again(self, pause: float) -> None:
+    async def _cancelled_within(self, pause: float) -> bool:
         try:
             async with asyncio.timeout(pause):
-                await self._cancelled.wait()
-            self._over = True
+                return await self._cancelled.wait()
         except TimeoutError:
-            self._call = self._start(self._attempts.remaining())
+            return False
 
     def cancel(self) -> None:
         """Stop the work on the server. Iteration ends; does nothing if it has ended already."""
-        if not self._over:
+        if self._calls:
             self._cancelled.set()
-            self._call.cancel()
+            for _, call in self._calls:
+                call.cancel()
 
     async def result(self) -> Completion:
         """Read what is left and return everything, also if called again.

@@ -6,10 +6,13 @@ They are built with their ordinary constructors on the token path too: validatin
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 
 class _Frozen(BaseModel):
@@ -41,11 +44,37 @@ class HealthState(StrEnum):
     """A state that a newer server knows and this client does not."""
 
 
+class ToolCall(_Frozen):
+    """An assistant's call of a function: `arguments` is a JSON object, as text."""
+
+    id: str
+    name: str
+    arguments: str = "{}"
+
+
+class Tool(_Frozen):
+    """A function that the model may call.
+
+    `parameters` is a JSON Schema of its arguments, or a pydantic model; None for no arguments.
+    """
+
+    name: str
+    description: str = ""
+    parameters: type[BaseModel] | dict[str, Any] | None = None
+
+
 class ChatMessage(_Frozen):
-    """One message of a conversation; `role` is "system", "user", "assistant" or "tool"."""
+    """One message of a conversation; `role` is "system", "user", "assistant" or "tool".
+
+    `name` tells several users or tools apart. `tool_calls` are what an assistant called, and
+    `tool_call_id` says which of them a tool's message answers.
+    """
 
     role: str
     content: str
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
 
 
 class TopToken(_Frozen):
@@ -116,6 +145,10 @@ class Delta(_Frozen):
     finish: Finish | None = None
 
 
+JsonSchema = type[BaseModel] | Mapping[str, Any] | str
+"""What `json_schema=` takes: a pydantic model, or a schema as a dict or as JSON text."""
+
+
 class Choice(_Frozen):
     """One sample, whole. Fields as in `Delta` and `Finish`."""
 
@@ -128,11 +161,27 @@ class Choice(_Frozen):
     usage: Usage
     seed: int
     score: float | None = None
+    _model: type[BaseModel] | None = PrivateAttr(default=None)
 
     @property
     def message(self) -> ChatMessage:
         """The text as the assistant's message, to be appended to the conversation."""
         return ChatMessage(role="assistant", content=self.text)
+
+    @property
+    def parsed(self) -> Any:
+        """The text, which is JSON, as a value: an instance of the pydantic model that was given as
+        `json_schema`, else of dicts and lists. Raises ValueError for text that is not such JSON,
+        as where `max_tokens` cut it short."""
+        if self._model is not None:
+            return self._model.model_validate_json(self.text)
+        return json.loads(self.text)
+
+    def parsed_as(self, model: type[BaseModel]) -> Choice:
+        """This choice, whose `parsed` is an instance of `model`."""
+        choice = self.model_copy()
+        choice._model = model
+        return choice
 
 
 class Completion(_Frozen):
@@ -161,6 +210,11 @@ class Completion(_Frozen):
     def message(self) -> ChatMessage:
         """The first sample as the assistant's message."""
         return self.choices[0].message
+
+    @property
+    def parsed(self) -> Any:
+        """The first sample's JSON as a value: see `Choice.parsed`."""
+        return self.choices[0].parsed
 
     @property
     def usage(self) -> Usage:
@@ -195,7 +249,10 @@ class Range(_Frozen):
 
 
 class Rank(_Frozen):
-    """What one shard holds: heads of the first layer, FFN channels, vocabulary rows, bytes."""
+    """What one shard holds: heads of the first layer, FFN channels, vocabulary rows, bytes.
+
+    `replica` names the copy of the model that it belongs to, empty where there is one.
+    """
 
     rank: int
     host: str
@@ -206,6 +263,7 @@ class Rank(_Frozen):
     vocabulary: Range
     weight_bytes: int
     kv_bytes: int
+    replica: str = ""
 
 
 class ServerInfo(_Frozen):
@@ -266,7 +324,7 @@ class Load(_Frozen):
 
 
 class RankHealth(_Frozen):
-    """One rank's state; `cause` is empty while READY."""
+    """One rank's state; `cause` is empty while READY, `replica` as in `Rank`."""
 
     rank: int
     host: str
@@ -274,6 +332,7 @@ class RankHealth(_Frozen):
     state: HealthState
     cause: str
     since: datetime | None
+    replica: str = ""
 
 
 class Health(_Frozen):

@@ -155,6 +155,9 @@ class ScriptedServer(inference_pb2_grpc.InferenceServicer, control_pb2_grpc.Cont
     def GetServerInfo(self, request: Any, context: grpc.ServicerContext) -> Any:
         return self._unary("GetServerInfo", request, context)
 
+    def ListModels(self, request: Any, context: grpc.ServicerContext) -> Any:
+        return self._unary("ListModels", request, context)
+
     def GetModelInfo(self, request: Any, context: grpc.ServicerContext) -> Any:
         return self._unary("GetModelInfo", request, context)
 

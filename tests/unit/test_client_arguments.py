@@ -49,6 +49,10 @@ def client(request: pytest.FixtureRequest, server: ScriptedServer) -> Iterator[A
         ("a", {"generated": [-1]}, "generated[0]"),
         ("a", {"request_id": "\udfff"}, "request_id"),
         ("a", {"beam_width": -1}, "beam_width"),
+        ("a", {"regex": "\ud800"}, "regex"),
+        ("a", {"choices": ["b", "\ud800"]}, "choices[1]"),
+        ("a", {"regex": "a", "choices": ["b"]}, "choices"),
+        ("a", {"json_schema": {"const": {1, 2}}}, "json_schema"),
     ],
 )
 def test_values_out_of_range_are_named(
@@ -88,6 +92,11 @@ def test_every_value_out_of_range_is_named(client: AnyClient) -> None:
         ("a", {"logit_bias": [1]}, "logit_bias must map token ids to floats, not list"),
         ("a", {"logit_bias": {"5": 1.0}}, "logit_bias must map token ids to floats, not '5'"),
         ("a", {"beam_width": 2.0}, "beam_width must be int, not float"),
+        ("a", {"json_schema": 5}, "json_schema must be a pydantic model, a dict or JSON text"),
+        ("a", {"regex": b"a"}, "regex must be str, not bytes"),
+        ("a", {"choices": "ab"}, "choices must be a sequence of texts, not str"),
+        ("a", {"choices": [5]}, r"choices\[0\] must be str, not int"),
+        ("a", {"cache": "no"}, "cache must be bool, not str"),
         ("a", {"max_token": 5}, "unknown option 'max_token'; did you mean 'max_tokens'"),
     ],
 )
@@ -106,7 +115,7 @@ def test_wrong_types_are_named(
         (MESSAGE, TypeError, "messages must be a sequence of messages, not dict"),
         ([MESSAGE, "hi"], TypeError, r"messages\[1\] must be a ChatMessage or a dict, not str"),
         ([{"role": "user"}], ValueError, r"messages\[0\] must have 'role' and 'content'"),
-        ([MESSAGE | {"name": "x"}], ValueError, "it has 'role', 'content', 'name'"),
+        ([MESSAGE | {"nam": "x"}], ValueError, "it has 'role', 'content', 'nam'"),
         ([{"role": "user", "content": None}], TypeError, r"messages\[0\]\.content must be str"),
         ([{"role": "user", "content": "\ud800"}], ValueError, r"messages\[0\]\.content: not valid"),
     ],
@@ -116,6 +125,23 @@ def test_wrong_messages_are_named(
 ) -> None:
     with pytest.raises(kind, match=message):
         client.chat(messages)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"tools": [5]}, TypeError, r"tools\[0\] must be a Tool or a dict, not int"),
+        ({"tools": [{"description": "x"}]}, ValueError, r"tools\[0\] must have 'name'"),
+        ({"tools": [{"name": "x", "strict": True}]}, ValueError, "it has 'name', 'strict'"),
+        ({"template_arguments": [1]}, TypeError, "template_arguments must be a dict, not list"),
+        ({"template_arguments": {"a": {1}}}, ValueError, "template_arguments: not values of JSON"),
+    ],
+)
+def test_wrong_tools_are_named(
+    client: Any, options: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        client.chat([MESSAGE], **options)
 
 
 def test_chat_has_no_echo(client: Any) -> None:
@@ -152,7 +178,16 @@ def test_numpy_values_are_numbers() -> None:
         ({"address": "localhost"}, ValueError, "address must be host:port"),
         ({"address": "http://localhost:1"}, ValueError, "address must be host:port"),
         ({"address": "localhost:99999"}, ValueError, "address must be host:port"),
-        ({"address": 50051}, TypeError, "address must be str, not int"),
+        ({"address": 50051}, TypeError, "address must be str or a list of them, not int"),
+        ({"address": ["a:1", 5]}, TypeError, "address must be str, not int"),
+        ({"address": []}, ValueError, "address is an empty list"),
+        ({"address": ["127.0.0.1:1", "[::1]:1"]}, ValueError, "neither all an IPv4 nor all"),
+        ({"address": ["127.0.0.1:1", "no.such.invalid:1"]}, ValueError, "neither all an IPv4"),
+        (
+            {"address": ["127.0.0.1:1", "127.0.0.1:2"], "tls": TLSOptions()},
+            ValueError,
+            "server_name is not set",
+        ),
         ({"token": "a b"}, ValueError, "token must be visible ASCII"),
         ({"token": b"a"}, TypeError, "token must be str, not bytes"),
         ({"timeout": 0}, ValueError, "timeout must be more than 0"),
@@ -178,10 +213,11 @@ def test_settings_of_a_client_are_checked(
 
 
 @pytest.mark.parametrize(
-    "address", ["localhost:1", "10.0.0.1:50051", "[::1]:1", "unix:/tmp/socket", "dns:///a.b:1"]
+    "address",
+    ["localhost:1", "10.0.0.1:50051", "[::1]:1", "unix:/tmp/socket", "dns:///a.b:1", ["a.b:1"]],
 )
 @pytest.mark.parametrize("kind", CLIENTS)
-def test_addresses(kind: type[Any], address: str) -> None:
+def test_addresses(kind: type[Any], address: Any) -> None:
     with kind(address):
         pass
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
+from pydantic import BaseModel
 
 from headwise import (
     ChatMessage,
@@ -17,6 +19,8 @@ from headwise import (
     HealthState,
     Range,
     TokenLogprob,
+    Tool,
+    ToolCall,
     TopToken,
 )
 from headwise.v1 import control_pb2, inference_pb2
@@ -204,7 +208,12 @@ def test_what_is_left_out_is_left_to_the_server(server: ScriptedServer, client: 
     server.script(says(finish()))
     completion = client.generate("hello", temperature=None)
     request = server.calls[0].request
-    assert request == inference_pb2.GenerateRequest(text="hello", request_id=completion.request_id)
+    # But for the seed, without which a stream that breaks could not go on.
+    assert request == inference_pb2.GenerateRequest(
+        text="hello",
+        request_id=completion.request_id,
+        sampling=inference_pb2.Sampling(seed=request.sampling.seed),
+    )
     assert server.calls[0].seconds is None
 
 
@@ -231,6 +240,123 @@ def test_chat(
     assert call.method == "Chat"
     assert list(call.request.messages) == [inference_pb2.ChatMessage(role="user", content="hi")]
     assert call.request.stopping.max_tokens == 5
+
+
+WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}}
+
+
+class Weather(BaseModel):
+    city: str
+
+
+@pytest.mark.parametrize(
+    ("tool", "call"),
+    [
+        (
+            Tool(name="weather", description="of a city", parameters=WEATHER),
+            ToolCall(id="c1", name="weather", arguments='{"city": "Oslo"}'),
+        ),
+        (
+            {"name": "weather", "description": "of a city", "parameters": WEATHER},
+            {"id": "c1", "name": "weather", "arguments": {"city": "Oslo"}},
+        ),
+        (
+            {
+                "type": "function",
+                "function": {
+                    "name": "weather",
+                    "description": "of a city",
+                    "parameters": WEATHER,
+                },
+            },
+            {
+                "id": "c1",
+                "type": "function",
+                "function": {"name": "weather", "arguments": '{"city": "Oslo"}'},
+            },
+        ),
+    ],
+    ids=["models", "dicts", "OpenAI"],
+)
+def test_tools_and_templates(
+    server: ScriptedServer, client: AnyClient, tool: Any, call: Any
+) -> None:
+    server.script(
+        says(inference_pb2.ChatResponse(finish=finish().finish)),
+        says(inference_pb2.TokenizeResponse()),
+    )
+    messages: list[Any] = [
+        {"role": "user", "content": "hi", "name": "ann"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        ChatMessage(role="tool", content="rain", tool_call_id="c1"),
+        ChatMessage(role="assistant", content="It"),
+    ]
+    template: dict[str, Any] = {
+        "tools": [tool],
+        "template_arguments": {"enable_thinking": False},
+        "continue_final_message": True,
+    }
+    client.chat(messages, **template)
+    client.tokenize(messages, **template)
+    asked, conversation = server.calls[0].request, server.calls[1].request.conversation
+    user, assistant, answer, _ = asked.messages
+    assert (user.name, answer.tool_call_id) == ("ann", "c1")
+    assert list(assistant.tool_calls) == [
+        inference_pb2.ToolCall(id="c1", name="weather", arguments='{"city": "Oslo"}')
+    ]
+    (sent,) = asked.tools
+    assert (sent.name, sent.description) == ("weather", "of a city")
+    assert json.loads(sent.parameters) == WEATHER
+    assert asked.template_arguments["enable_thinking"] is False
+    assert asked.turn == inference_pb2.TURN_CONTINUE
+    for field in ("messages", "tools", "template_arguments", "turn"):
+        assert getattr(conversation, field) == getattr(asked, field)
+
+
+def test_a_tools_parameters_may_be_a_pydantic_model(
+    server: ScriptedServer, client: AnyClient
+) -> None:
+    server.script(says(inference_pb2.ChatResponse(finish=finish().finish)))
+    client.chat([{"role": "user", "content": "hi"}], tools=[Tool(name="w", parameters=Weather)])
+    (sent,) = server.calls[0].request.tools
+    assert json.loads(sent.parameters) == Weather.model_json_schema()
+
+
+@pytest.mark.parametrize(
+    ("options", "constraint"),
+    [
+        ({"json_schema": "{}"}, {"json_schema": "{}"}),
+        ({"json_schema": WEATHER}, {"json_schema": json.dumps(WEATHER)}),
+        ({"json_schema": Weather}, {"json_schema": json.dumps(Weather.model_json_schema())}),
+        ({"regex": "a+"}, {"regex": "a+"}),
+        ({"lark": 'start: "a"'}, {"lark": 'start: "a"'}),
+        ({"choices": ["yes", "no"]}, {"choices": {"texts": ["yes", "no"]}}),
+    ],
+)
+def test_constraints(
+    server: ScriptedServer, client: AnyClient, options: Any, constraint: Any
+) -> None:
+    server.script(says(finish()))
+    client.generate("hello", **options)
+    assert server.calls[0].request.constraint == inference_pb2.Constraint(**constraint)
+
+
+def test_parsed(server: ScriptedServer, client: AnyClient) -> None:
+    server.script(*[says(token('{"city": "Oslo"}', 1), finish())] * 2, says(finish()))
+    typed = client.generate("hello", json_schema=Weather)
+    assert typed.parsed == typed.choices[0].parsed == Weather(city="Oslo")
+    assert client.generate("hello", json_schema=WEATHER).parsed == {"city": "Oslo"}
+    with pytest.raises(ValueError, match="Weather"):
+        _ = client.generate("hello", json_schema=Weather).parsed
+
+
+def test_prefix_cache(server: ScriptedServer, client: AnyClient) -> None:
+    server.script(says(finish()), says(finish()))
+    client.generate("hello", cache=False)
+    client.generate("hello", cache_salt="mine")
+    off, salted = (call.request.prefix_cache for call in server.calls)
+    assert off == inference_pb2.PrefixCache(disabled=True)
+    assert salted == inference_pb2.PrefixCache(salt="mine")
 
 
 def test_stream_chat(server: ScriptedServer, client: AnyClient) -> None:
@@ -290,6 +416,22 @@ def test_model_info(server: ScriptedServer, client: AnyClient) -> None:
     info = client.model_info("m")
     assert (info.name, info.context, info.eos_token_ids) == ("m", 2048, (2, 0))
     assert server.calls[0].request.model == "m"
+
+
+def test_a_model_can_be_asked_about(server: ScriptedServer, client: AnyClient) -> None:
+    server.script(
+        says(control_pb2.ListModelsResponse(names=["a", "b"])),
+        says(control_pb2.GetServerInfoResponse(ranks=[control_pb2.Rank(replica="r1")])),
+        says(control_pb2.GetLoadResponse()),
+        says(health(control_pb2.HEALTH_STATE_READY)),
+        says(health(control_pb2.HEALTH_STATE_READY)),
+    )
+    assert client.list_models() == ("a", "b")
+    assert client.server_info("b").ranks[0].replica == "r1"
+    client.load(model="b")
+    client.health("b")
+    client.wait_until_ready(5, model="b")
+    assert [call.request.model for call in server.calls[1:]] == ["b"] * 4
 
 
 def test_load_and_abort(server: ScriptedServer, client: AnyClient) -> None:

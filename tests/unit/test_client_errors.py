@@ -9,7 +9,13 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from google.rpc.error_details_pb2 import BadRequest, RetryInfo  # type: ignore[import-untyped]
+from google.rpc.error_details_pb2 import (  # type: ignore[import-untyped]
+    BadRequest,
+    ErrorInfo,
+    QuotaFailure,
+    ResourceInfo,
+    RetryInfo,
+)
 
 from headwise import (
     AuthenticationError,
@@ -108,6 +114,45 @@ def test_violations_are_decoded(server: ScriptedServer, client: AnyClient) -> No
     assert caught.value.violations[0].field == "sampling.top_p"
 
 
+def test_what_else_the_server_says_is_decoded(server: ScriptedServer, client: AnyClient) -> None:
+    info = ErrorInfo(reason="QUOTA", domain="headwise", metadata={"limit": "5"})
+    quota = QuotaFailure.Violation(subject="token:ann", description="5 requests a minute")
+    resource = ResourceInfo(resource_type="model", resource_name="m", description="not here")
+    server.script(
+        fails(
+            grpc.StatusCode.RESOURCE_EXHAUSTED, "too many", info, QuotaFailure(violations=[quota])
+        ),
+        fails(grpc.StatusCode.NOT_FOUND, "no such model", resource),
+    )
+    with pytest.raises(OverloadedError) as overloaded:
+        client.generate("hello")
+    assert (overloaded.value.reason, overloaded.value.metadata) == ("QUOTA", {"limit": "5"})
+    assert overloaded.value.quotas == (("token:ann", "5 requests a minute"),)
+    with pytest.raises(NotFoundError) as missing:
+        client.generate("hello")
+    assert missing.value.resource == ("model", "m", "not here")
+    assert missing.value.reason == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2"),
+        (grpc.StatusCode.CANCELLED, "RST_STREAM"),
+        (grpc.StatusCode.UNKNOWN, "Stream removed"),
+    ],
+)
+def test_a_connection_that_breaks_is_unavailable_whatever_its_status(
+    server: ScriptedServer, client: AnyClient, code: grpc.StatusCode, message: str
+) -> None:
+    def breaks(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        context.abort(code, message)
+        yield
+
+    server.script(breaks, says(token("a", 1), finish()))
+    assert client.generate("hello").text == "a"
+
+
 def test_details_that_cannot_be_read_leave_the_status(client: AnyClient, server: Any) -> None:
     def answer(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         context.set_trailing_metadata((("grpc-status-details-bin", b"\xff\xff"),))
@@ -157,14 +202,14 @@ def test_retries_can_be_counted_and_switched_off(server: ScriptedServer, kind: t
     assert len(server.calls) == 1 + 2
 
 
-def test_nothing_is_tried_again_after_the_first_message(
+def test_without_resume_nothing_is_tried_again_after_the_first_message(
     server: ScriptedServer, client: AnyClient
 ) -> None:
     server.script(
         fails(grpc.StatusCode.UNAVAILABLE, "rank 1 died", after=(token("a", 1),)),
         says(token("a", 1), finish()),
     )
-    stream = client.stream("hello")
+    stream = client.stream("hello", resume=False)
     assert next(stream).text == "a"
     with pytest.raises(UnavailableError):
         next(stream)
