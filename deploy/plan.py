@@ -16,6 +16,7 @@ from deploy.plan_device import device_of
 from deploy.plan_prediction import Load, layouts_of, make_prediction
 from deploy.plan_report import make_plan
 from deploy.plan_view import print_plan
+from shards.checkpoint.storage import load_stored
 from shards.cost.device import ACCELERATORS, Device
 from shards.cost.errors import CannotPredict
 from shards.cost.host import HostProfile
@@ -27,7 +28,6 @@ from shards.cost.prediction import STEP_TOKENS
 from shards.errors import HeadwiseError
 from shards.footprint import settle_dtype
 from shards.layout import make_layout
-from shards.models.source import load_spec
 from shards.models.spec import ModelSpec
 
 # What people of one host, or one board with fast links, can choose from.
@@ -78,8 +78,9 @@ def plan(
         ),
     ] = "auto",
     quantization: Annotated[
-        Literal["none", "int8", "int4", "fp8"], typer.Option(help="Of the weights.")
-    ] = "none",
+        Literal["auto", "none", "int8", "int4", "fp8"],
+        typer.Option(help="Of the weights; auto keeps the blocks of a GGUF file as they are."),
+    ] = "auto",
     kv_memory: Annotated[
         str | None, typer.Option(help="Memory of each rank's KV cache, such as 4GiB.")
     ] = None,
@@ -137,11 +138,11 @@ def plan(
             f"--capacity {capacity} with --ttft-slo or --itl-slo: sizes are compared on equal "
             "ranks; leave one of them out"
         )
-    spec = load_spec(model, revision)
+    spec, stored = load_stored(model, revision)
     if tensor_parallel is None:
         tensor_parallel = 1 if speeds is None else len(speeds)
     layout = make_layout(spec, tensor_parallel, speeds, expert_parallel=expert_parallel)
-    precision = Precision(settle_dtype(dtype, spec), quantization)
+    precision = Precision(settle_dtype(dtype, spec), quantization, stored)
 
     prediction, unpredicted = None, None
     try:

@@ -55,9 +55,10 @@ class RankPlan(_Frozen):
 class PlanReport(_Frozen):
     """What `--json` prints. Sizes are bytes; ranges are half open.
 
-    `tokens` and `sequences` (of `context` tokens each) are what the whole group can hold: its
-    tightest rank decides. `slowdown` is a decode step's time over that of a perfect cut.
-    `prediction` is None where `unpredicted` says why.
+    `bits_per_weight` is the average over all parameters. `tokens` and `sequences` (of `context`
+    tokens each) are what the whole group can hold: its tightest rank decides. `slowdown` is a
+    decode step's time over that of a perfect cut. `prediction` is None where `unpredicted` says
+    why.
     """
 
     model: str
@@ -65,6 +66,7 @@ class PlanReport(_Frozen):
     parameters: int
     active_parameters: int
     dtype: str
+    bits_per_weight: float
     context: int
     tensor_parallel: int
     splits: tuple[LayersPlan, ...]
@@ -123,6 +125,7 @@ def make_plan(
         parameters=size.parameters,
         active_parameters=size.active,
         dtype=precision.dtype,
+        bits_per_weight=precision.bits_per_weight(spec, layout),
         context=context,
         tensor_parallel=layout.world,
         splits=_splits(layout),

@@ -54,6 +54,7 @@ def _summary(report: PlanReport) -> str:
     return (
         f"{report.model}: {report.architecture}, {report.parameters:,} parameters "
         f"({report.active_parameters:,} used per token), {layers} layers, {report.dtype}, "
+        f"{report.bits_per_weight:.4g} bits per weight, "
         f"tensor_parallel={report.tensor_parallel}"
     )
 

@@ -17,6 +17,15 @@ Written by `python -m scripts.architectures`; a test holds it up to date. Every 
 |---|---|---|
 """
 
+_TAIL = """
+Every row reads safetensors folders in float32, bfloat16 and float16, and in FP8 (E4M3 with a scale
+for each block, row or tensor: `fp8`, `fbgemm_fp8`, `modelopt` and `compressed-tensors`), which is
+widened as a rank reads its slice; GPT-OSS's MXFP4 likewise. Other methods, such as AWQ, GPTQ and
+bitsandbytes, are refused by name: give the unquantised folder and `--quantization`, or a GGUF file.
+GGUF files: F32, F16, BF16; Q8_0, Q6_K, Q4_K, Q4_1 and Q4_0 are used as they are; Q5_K, Q5_1, Q5_0
+and MXFP4 are widened. Layers that draft further tokens (multi-token prediction) are left alone.
+"""
+
 
 def table() -> str:
     """The page."""
@@ -25,7 +34,7 @@ def table() -> str:
         names = ", ".join(f"`{name}`" for name in family.architectures)
         gguf = "-" if family.gguf is None else f"`{family.gguf.architecture}`"
         rows.append(f"| {family.name} | {names} | {gguf} |\n")
-    return _HEAD + "".join(rows)
+    return _HEAD + "".join(rows) + _TAIL
 
 
 if __name__ == "__main__":

@@ -155,7 +155,8 @@ def communication(spec: ModelSpec, layout: Layout, dtype: str) -> Communication:
     statistics = sum(_norms_jointly(layer.attention) for layer in spec.layers)
     return Communication(
         all_reduces=sums + statistics,
-        all_reduce_bytes=sums * spec.width * DTYPE_BYTES[dtype]
+        all_reduce_bytes=((sums - 1) * spec.width + (spec.embedding_width or spec.width))
+        * DTYPE_BYTES[dtype]
         + statistics * 2 * DTYPE_BYTES["float32"],
         gather_bytes=(spec.vocabulary - len(layout.vocabulary[0])) * DTYPE_BYTES["float32"],
     )

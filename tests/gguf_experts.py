@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import gguf
@@ -26,11 +26,14 @@ def write_gguf(
     weights: Mapping[str, torch.Tensor] | None = None,
     experts: str = "F32",
     kv_b_parted: bool = True,
+    apart: Callable[[int, str, int], str] | None = None,
 ) -> Path:
     """`model` (a key of `_ARCHITECTURES`) without tokenizer: its experts in a GGUF type, all else
     in float32; with other `weights` than its own where some are given.
 
-    Without `kv_b_parted`, latent attention is as the converter wrote it before April 2025.
+    Without `kv_b_parted`, latent attention is as the converter wrote it before April 2025. With
+    `apart`, experts are as it wrote them before April 2024, a tensor each: in the type of this
+    layer, of this part ("gate", "up" or "down") and of this expert.
     """
     architecture = _ARCHITECTURES[model.config.model_type]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
@@ -39,6 +42,9 @@ def write_gguf(
     for name, tensor in (weights or model.state_dict()).items():
         for part, values in _converted(model, name, tensor, kv_b_parted):
             stored = names.get_name(part, try_suffixes=(".weight", ".bias"))
+            if apart is not None and values.ndim == 3:
+                _write_apart(writer, stored, values, apart)
+                continue
             kind = gguf.GGMLQuantizationType[experts if values.ndim == 3 else "F32"]
             encoded = gguf.quants.quantize(values.contiguous().numpy(), kind)
             writer.add_tensor(stored, encoded, raw_dtype=kind)
@@ -47,6 +53,21 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _write_apart(
+    writer: gguf.GGUFWriter,
+    stored: str,
+    values: torch.Tensor,
+    type_of: Callable[[int, str, int], str],
+) -> None:
+    """`stored` is blk.N.ffn_PART_exps.weight."""
+    _, layer, module, _ = stored.split(".")
+    part = module.split("_")[1]
+    for e, expert in enumerate(values):
+        kind = gguf.GGMLQuantizationType[type_of(int(layer), part, e)]
+        encoded = gguf.quants.quantize(expert.contiguous().numpy(), kind)
+        writer.add_tensor(f"blk.{layer}.ffn_{part}.{e}.weight", encoded, raw_dtype=kind)
 
 
 def _write_sizes(writer: gguf.GGUFWriter, model: PreTrainedModel, kv_b_parted: bool) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence as Many
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +25,12 @@ from shards.collectives.local import ThreadGroup
 from shards.config import ShardConfig
 from shards.contract import Sampling, StepPlan, StepResult
 from shards.kernels import kernel_set
+from shards.kernels.base import KernelSet
 from shards.layout import make_layout
 from shards.models.decoder import Decoder
 from shards.models.mask import reads_whole_prompts
 from shards.models.source import open_model
+from shards.quantization.choice import Quantization
 from shards.runner import Runner
 
 CPU = torch.device("cpu")
@@ -49,6 +52,8 @@ class ThreadRanks:
         block_size: int = 8,
         max_sequences: int = 8,
         max_step_tokens: int = 64,
+        kernels: KernelSet[Any] | None = None,
+        quantization: Quantization = "none",
     ) -> None:
         source = open_model(str(model))
         layout = make_layout(source.spec, world, capacity, expert_parallel=expert_parallel)
@@ -58,9 +63,11 @@ class ThreadRanks:
         self._pool = ThreadPoolExecutor(world)
         self._runners = []
         group = ThreadGroup(world, deadline_s=60)
-        kernels = kernel_set(CPU, torch.float32, threads=1)
+        kernels = kernels or kernel_set(CPU, torch.float32, threads=1)
         for collective in (group[rank] for rank in range(world)):
-            weights = load_shard(source, layout, collective.rank, torch.float32, CPU, None)
+            weights = load_shard(
+                source, layout, collective.rank, torch.float32, CPU, quantization=quantization
+            )
             decoder = Decoder(source.spec, layout, collective.rank, weights, kernels)
             self._runners.append(
                 Runner(

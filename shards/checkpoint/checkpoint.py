@@ -25,6 +25,8 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "F16": (1, 2),
     "BF16": (1, 2),
     "U8": (1, 1),
+    "F8_E4M3": (1, 1),
+    "F8_E8M0": (1, 1),
     "Q8_0": (32, 34),
     "Q4_0": (32, 18),
     "Q4_1": (32, 20),
@@ -38,10 +40,21 @@ BLOCKS: dict[str, tuple[int, int]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Scales:
+    """What the elements of a matrix are multiplied with: those of a block of `rows` x `columns`
+    share an element of the tensor at `info`, [blocks down, blocks across]."""
+
+    info: TensorInfo
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A tensor of a checkpoint: `nbytes` bytes at byte `offset` of `file`, row-major.
 
-    `dtype` is the file format's own name; `read` decodes those in `BLOCKS`.
+    `dtype` is the file format's own name; `read` decodes those in `BLOCKS`, and applies the
+    `scales` where a matrix has some.
     """
 
     shape: tuple[int, ...]
@@ -49,6 +62,7 @@ class TensorInfo:
     file: str
     offset: int
     nbytes: int
+    scales: Scales | None = None
 
 
 class Checkpoint:
@@ -63,10 +77,15 @@ class Checkpoint:
         self._sizes = sizes
         self._files: dict[str, MappedFile] = {}
 
+    def with_tensors(self, tensors: Mapping[str, TensorInfo]) -> Checkpoint:
+        """Another index of the same files."""
+        return Checkpoint(tensors, self._sizes)
+
     def read(self, name: str, window: tuple[Range, ...]) -> torch.Tensor:
         """The elements of tensor `name` within `window`, one range per axis (one or two).
 
-        The result owns its memory and has the tensor's own dtype, float32 where that is quantised.
+        The result owns its memory and has the tensor's own dtype, float32 where that is quantised
+        or scaled.
         Beside it, no more is held than the window in the file's encoding, widened to whole blocks.
         Raises `CheckpointError` where a file is gone or has changed since the index was made.
         """
@@ -80,7 +99,22 @@ class Checkpoint:
             info, window[:-1], Range(first, -(-columns.stop // block) * block)
         )
         values = decode(encoded, info.dtype)[:, columns.start - first : columns.stop - first]
+        if info.scales is not None:
+            values = values.float() * self._factors(info.scales, window[0], columns)
         return values if len(window) == 2 else values[0]
+
+    def _factors(self, scales: Scales, rows: Range, columns: Range) -> torch.Tensor:
+        """float32 [rows, columns] of a window, whose borders may lie within a block."""
+        from torch import arange
+
+        from shards.checkpoint.decode import decode
+
+        down = Range(rows.start // scales.rows, -(-rows.stop // scales.rows))
+        across = Range(columns.start // scales.columns, -(-columns.stop // scales.columns))
+        encoded = self.read_blocks(scales.info, (down,), across)
+        of_blocks = decode(encoded, scales.info.dtype).float()
+        of_rows = of_blocks[arange(rows.start, rows.stop) // scales.rows - down.start]
+        return of_rows[:, arange(columns.start, columns.stop) // scales.columns - across.start]
 
     def floats(self, name: str) -> tuple[float, ...]:
         """A one-dimensional F32 tensor as numbers, without torch; for what decides a spec."""

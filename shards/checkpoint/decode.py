@@ -7,13 +7,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+_PLAIN = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 
 
 def decode(encoded: npt.NDArray[np.uint8], dtype: str) -> torch.Tensor:
     """`encoded` [rows, bytes] holds whole blocks of `dtype` -> [rows, elements].
 
-    F32, F16, BF16 and U8 share the array's memory; quantised types come out as float32.
+    Those of `_PLAIN` share the array's memory; quantised types come out as float32.
     """
     if dtype in _PLAIN:
         return torch.from_numpy(encoded).view(_PLAIN[dtype])

@@ -78,7 +78,7 @@ def _parts_of(parameter: Parameter, rows: Range, source: Source) -> Iterator[tup
         yield 0, _Part(source.tensor, parameter.expert if source.stacked else None, rows)
         return
     each = parameter.shape[0] // source.parts
-    named = len(source.tensors) > 1
+    named = source.parts_have_names
     for part in range(rows.start // each, -(-rows.stop // each)):
         start, stop = max(rows.start, part * each), min(rows.stop, (part + 1) * each)
         tensor = source.tensors[part if named else 0]

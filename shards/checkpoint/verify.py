@@ -6,13 +6,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from shards.checkpoint.checkpoint import BLOCKS, Checkpoint
+from shards.checkpoint.checkpoint import BLOCKS, Checkpoint, TensorInfo
 from shards.errors import CheckpointError, UnsupportedModel
 from shards.models.family import MXFP4_BLOCK, Source
 from shards.models.parameters import Parameter, parameters
 from shards.models.spec import ModelSpec
 
 _LISTED = 10
+_LAYER = re.compile(r"(?:.*\.)?(?:layers|blk)\.(\d+)\.")
+# Joins a token's embedding and hidden state (arXiv:2412.19437, section 2.2).
+_DRAFTING = re.compile(r"(?:nextn\.)?eh_proj\.weight")
 
 
 def resolve(
@@ -49,7 +52,8 @@ def verify(
     """Raise `CheckpointError` listing missing, misshapen and unused tensors.
 
     `ignored` are regular expressions (full match, on the name without `prefix`) of tensors that may
-    be left over. Raises `UnsupportedModel` where a needed tensor has a dtype that cannot be read.
+    be left over, as may layers beyond the last that draft further tokens (multi-token prediction).
+    Raises `UnsupportedModel` where a needed tensor has a dtype that cannot be read.
     """
     needed = _needed_shapes(spec, sources)
     tensors = checkpoint.tensors
@@ -61,10 +65,13 @@ def verify(
         if name in tensors and shape not in (tensors[name].shape, (1, *tensors[name].shape))
     ]
     left_over = re.compile("|".join(ignored) or "(?!)")
+    drafting = _drafting_layers(tensors, len(spec.layers))
     unused = [
         name
         for name in tensors
-        if name not in needed and not left_over.fullmatch(name.removeprefix(prefix))
+        if name not in needed
+        and not left_over.fullmatch(name.removeprefix(prefix))
+        and not name.startswith(drafting)
     ]
     faults = [
         _listing(kind, names)
@@ -76,16 +83,18 @@ def verify(
             f"the checkpoint does not hold the tensors of its config: {'; '.join(faults)}"
         )
     blocks = {name for s in sources.values() if s.scales for name in (s.tensor, s.scales)}
-    unreadable = [
-        name
-        for name in needed
-        if tensors[name].dtype not in BLOCKS or (tensors[name].dtype == "U8") != (name in blocks)
-    ]
+    unreadable = [name for name in needed if not _is_readable(tensors[name], name in blocks)]
     if unreadable:
         raise UnsupportedModel(
             f"tensor {unreadable[0]} is {tensors[unreadable[0]].dtype} ({len(unreadable)} such "
             f"tensors): readable are {', '.join(BLOCKS)}"
         )
+
+
+def _is_readable(info: TensorInfo, of_mxfp4: bool) -> bool:
+    if info.dtype.startswith("F8_") and info.scales is None:
+        return False
+    return info.dtype in BLOCKS and (info.dtype == "U8") == of_mxfp4
 
 
 def _needed_shapes(spec: ModelSpec, sources: Mapping[str, Source]) -> dict[str, tuple[int, ...]]:
@@ -108,7 +117,7 @@ def _shapes(parameter: Parameter, source: Source) -> Iterator[tuple[str, tuple[i
         shape = shape[::-1]
     if source.stacked and parameter.expert is not None:
         shape = (parameter.expert + 1, *shape)
-    elif source.parts and len(source.tensors) == 1:
+    elif source.parts and not source.parts_have_names:
         shape = (source.parts, *shape)
     if source.scales:
         *rows, inputs = shape
@@ -116,6 +125,16 @@ def _shapes(parameter: Parameter, source: Source) -> Iterator[tuple[str, tuple[i
         shape = (*rows, inputs // MXFP4_BLOCK, MXFP4_BLOCK // 2)
     for tensor in source.tensors:
         yield tensor, shape
+
+
+def _drafting_layers(tensors: Iterable[str], layers: int) -> tuple[str, ...]:
+    """What the names of those beyond the last of the `layers` begin with."""
+    found = []
+    for name in tensors:
+        layer = _LAYER.match(name)
+        if layer and int(layer[1]) >= layers and _DRAFTING.fullmatch(name[layer.end() :]):
+            found.append(layer[0])
+    return tuple(found)
 
 
 def _listing(kind: str, names: Sequence[str]) -> str:

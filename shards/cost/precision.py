@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from shards.cost.device import Arithmetic
@@ -13,9 +13,10 @@ from shards.footprint import DTYPE_BYTES
 from shards.layout import Layout
 from shards.models.parameters import Cut, Parameter, parameters
 from shards.models.spec import ModelSpec
-from shards.quantization.scheme import BLOCK, INT4, INT8, Scheme
+from shards.quantization.choice import choose_schemes
+from shards.quantization.scheme import BLOCK, Scheme
 
-Quantization = Literal["none", "int8", "int4", "fp8"]
+Quantization = Literal["auto", "none", "int8", "int4", "fp8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,27 +28,29 @@ class _Packed:
     stream_share: float
 
 
-def _packed(scheme: Scheme, stream_share: float) -> _Packed:
-    return _Packed(scheme.bytes_of(1, BLOCK) / BLOCK, stream_share)
+def _packed(scheme: Scheme) -> _Packed:
+    return _Packed(scheme.bytes_of(1, BLOCK) / BLOCK, _STREAM_SHARES[scheme.bits])
 
 
-_INT8 = _packed(INT8, 0.82)
-_LAYERS: Mapping[Quantization, _Packed] = {
-    "int8": _INT8,
-    "int4": _packed(INT4, 0.63),
-    "fp8": _Packed(1.0, 1.0),  # one scale per row: next to nothing
-}
-# The embedding and the output layer, which four bits would hurt.
-_VOCABULARY: Mapping[Quantization, _Packed] = {"int8": _INT8, "int4": _INT8}
+# Six bits were not measured: as far from four as they are.
+_STREAM_SHARES = {8: 0.82, 6: 0.72, 4: 0.63}
+_FP8 = _Packed(1.0, 1.0)  # one scale per row: next to nothing
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
     """`dtype` of hidden states, KV cache and whatever is not quantised; float32, bfloat16 or
-    float16. `CannotPredict` for anything else."""
+    float16. `CannotPredict` for anything else.
+
+    `stored` is the checkpoint's own dtype of each parameter, by name, as far as it is known
+    (`shards.checkpoint.storage`): what "auto" keeps. `schemes` are what parameters are kept in once
+    a layout is known: see `settled`.
+    """
 
     dtype: str
     quantization: Quantization = "none"
+    stored: Mapping[str, str] = field(default_factory=dict)
+    schemes: Mapping[str, Scheme] | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
@@ -62,41 +65,62 @@ class Precision:
         """Of a hidden state's or the KV cache's values."""
         return DTYPE_BYTES[self.dtype]
 
+    def settled(self, spec: ModelSpec, layout: Layout) -> Precision:
+        """With the schemes in which `spec`, cut by `layout`, is kept.
+
+        Raises `UnsupportedModel` where none of its weights can be quantised.
+        """
+        if self.schemes is not None or self.quantization == "fp8":
+            return self
+        if self.quantization == "none":
+            return replace(self, schemes={})
+        chosen = choose_schemes(spec, layout, self.quantization, self.stored)
+        return replace(self, schemes=chosen.schemes)
+
     def weight_bytes(self, parameter: Parameter) -> float:
-        """Of one element of `parameter`: vectors and position tables are never quantised."""
+        """Of one element of `parameter`; settled."""
         packed = self._packed(parameter)
         return self.value_bytes if packed is None else packed.nbytes
 
     def stream_share(self, parameter: Parameter) -> float:
-        """The share of the bandwidth of floats at which products read `parameter`."""
+        """The share of the bandwidth of floats at which products read `parameter`; settled."""
         packed = self._packed(parameter)
         return 1.0 if packed is None else packed.stream_share
 
     def arithmetic(self, parameter: Parameter, kind: Literal["cpu", "cuda"]) -> Arithmetic:
-        """What products with `parameter` are computed in.
+        """What products with `parameter` are computed in; settled.
 
-        On CPUs integer weights meet activations that are quantised on the way (integer dot
-        products); on GPUs they are widened in registers. fp8 needs a device that has it.
+        On CPUs weights that were asked for as integers meet activations that are quantised on the
+        way (integer dot products); those that the checkpoint holds quantised are widened, as all
+        are on GPUs. fp8 needs a device that has it.
         """
         if self._packed(parameter) is None:
             return self.activations
         if self.quantization == "fp8":
             return "fp8"
-        return "int8" if kind == "cpu" else self.activations
+        return "int8" if kind == "cpu" and self.quantization != "auto" else self.activations
 
     def _packed(self, parameter: Parameter) -> _Packed | None:
-        if len(parameter.shape) != 2 or parameter.cut is Cut.REPLICATED:
-            return None
-        table = _VOCABULARY if parameter.cut is Cut.VOCABULARY else _LAYERS
-        return table.get(self.quantization)
+        if self.quantization == "fp8":
+            layers = parameter.is_linear and parameter.cut not in (Cut.REPLICATED, Cut.VOCABULARY)
+            return _FP8 if layers else None
+        assert self.schemes is not None, "not settled"
+        scheme = self.schemes.get(parameter.name)
+        return None if scheme is None else _packed(scheme)
 
     def rank_bytes(self, spec: ModelSpec, layout: Layout) -> tuple[int, ...]:
         """Bytes of the weights on each rank, tables that are only looked up included."""
-        table = parameters(spec)
+        table, precision = parameters(spec), self.settled(spec, layout)
         return tuple(
-            round(sum(held(p, layout, rank) * self.weight_bytes(p) for p in table))
+            round(sum(held(p, layout, rank) * precision.weight_bytes(p) for p in table))
             for rank in range(layout.world)
         )
+
+    def bits_per_weight(self, spec: ModelSpec, layout: Layout) -> float:
+        """Of all parameters on average, scales included; each counted once."""
+        precision = self.settled(spec, layout)
+        sizes = [(math.prod(p.shape), precision.weight_bytes(p)) for p in parameters(spec)]
+        return 8 * sum(n * each for n, each in sizes) / sum(n for n, _ in sizes)
 
     @property
     def activations(self) -> Arithmetic:

@@ -104,6 +104,7 @@ class _Matrices:
 _CALLS: Mapping[str, Call] = {
     "attention_norm": "qkv",
     "attention_post_norm": "out",
+    "attention_stream_norm": "out",
     "attention.q_norm": "qkv",
     "attention.k_norm": "qkv",
     "attention.q_down": "qkv",
@@ -121,6 +122,7 @@ _CALLS: Mapping[str, Call] = {
     "ffn.up": "gate_up",
     "ffn.down": "down",
     "ffn_post_norm": "down",
+    "ffn_stream_norm": "down",
     "router": "gate_up",
     "experts.gate": "gate_up",
     "experts.up": "gate_up",
@@ -143,7 +145,8 @@ class Workload:
         precision: Precision,
         kind: Literal["cpu", "cuda"],
     ) -> None:
-        self._spec, self._layout, self._precision, self._kind = spec, layout, precision, kind
+        self._spec, self._layout, self._kind = spec, layout, kind
+        self._precision = precision.settled(spec, layout)
         alike: dict[object, list[int]] = defaultdict(list)
         for i, layer in enumerate(zip(spec.layers, layout.layers, strict=True)):
             alike[layer].append(i)
@@ -157,8 +160,11 @@ class Workload:
         rows = sum(chunk.tokens * chunk.sequences for chunk in chunks)
         hidden = rows * self._spec.width * self._precision.value_bytes
         ranks = range(self._layout.world)
-        lookup = Work("embedding", 2 * hidden, 0, self._precision.activations)
-        yield Phase(((lookup,),) * self._layout.world, all_reduce_bytes=hidden)
+        embedded = hidden * (self._spec.embedding_width or self._spec.width) // self._spec.width
+        lookup = Work("embedding", 2 * embedded, 0, self._precision.activations)
+        yield Phase(((lookup,),) * self._layout.world, all_reduce_bytes=embedded)
+        if self._spec.embedding_width is not None:
+            yield Phase(tuple((self._product(None, "embedding", rank, rows),) for rank in ranks))
         for i, times in self._times.items():
             attention: list[tuple[Work, ...]] = [
                 (
@@ -258,5 +264,7 @@ def _call_of(parameter: Parameter, spec: ModelSpec) -> Call | None:
     if parameter.layer is not None:
         name = name.removeprefix(f"layers.{parameter.layer}.")
         return _CALLS[name.replace(f"experts.{parameter.expert}.", "experts.")]
-    read = ("norm", "embedding") if spec.tied_embeddings else ("norm", "output")
-    return "output" if name in read else None
+    if name == "embedding_projection":
+        return "embedding"
+    matrix = "embedding" if spec.tied_embeddings else "output"
+    return "output" if name in ("norm", "output_projection", matrix) else None

@@ -133,14 +133,15 @@ class Linear(Generic[M]):
 class Embedding(Generic[M]):
     """The token rows `first .. first + matrix.outputs` of the vocabulary, which this rank owns.
 
-    Rows are multiplied by `scale`. Once positions are added, they are normed where there is a
-    `norm`.
+    Rows are multiplied by `scale`, and by a `projection` [D, inputs of `matrix`] where there is
+    one. Once positions are added, they are normed where there is a `norm`.
     """
 
     matrix: M
     first: int
     scale: float = 1.0
     norm: Norm | None = None
+    projection: M | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,13 +215,15 @@ class Part(Generic[M]):
 
 @dataclass(frozen=True, slots=True)
 class Head(Generic[M]):
-    """The last norm and the output layer. Logits are multiplied by `scale`; a `softcap` c then
-    makes them c tanh(logit / c)."""
+    """The last norm, a `projection` [inputs of `linear`, D] and the output layer; the former two
+    where there are any. Logits are multiplied by `scale`; a `softcap` c then makes them
+    c tanh(logit / c)."""
 
-    norm: Norm
+    norm: Norm | None
     linear: Linear[M]
     scale: float = 1.0
     softcap: float | None = None
+    projection: M | None = None
 
 
 class Sentences(Protocol[M]):
@@ -294,8 +297,10 @@ class Sentences(Protocol[M]):
         *,
         post_norm: Norm | None = None,
         scale: float = 1.0,
+        stream_norm: Norm | None = None,
     ) -> torch.Tensor:
-        """x + scale * post_norm(the parts' sum over ranks, each bias added once). One all-reduce.
+        """stream_norm(x + scale * post_norm(the parts' sum over ranks, each bias added once)), with
+        the norms that there are. One all-reduce.
 
         `phase`: what the parts belong to.
         """

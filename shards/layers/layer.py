@@ -44,6 +44,7 @@ class Layer(Generic[M]):
             layer.attention, before, rotations, split, rank, weights, f"{name}.attention"
         )
         self.attention_post = norm_if(layer.post_norm, "attention_post_norm")
+        self.attention_stream = norm_if(layer.stream_norm, "attention_stream_norm")
         if not layer.shared_norm:
             before = norm_if(layer.pre_norm, "ffn_norm")
         self.ffn: FeedForward[M] | MixtureOfExperts[M]
@@ -52,6 +53,7 @@ class Layer(Generic[M]):
         else:
             self.ffn = FeedForward(layer.ffn, before, weights, f"{name}.ffn")
         self.ffn_post = norm_if(layer.post_norm, "ffn_post_norm")
+        self.ffn_stream = norm_if(layer.stream_norm, "ffn_stream_norm")
 
     def __call__(self, step: Sentences[M], x_TD: torch.Tensor, cache: LayerCache) -> torch.Tensor:
         attended = self.attention.part(step, x_TD, cache)
@@ -60,10 +62,20 @@ class Layer(Generic[M]):
                 x_TD, (attended, *self.ffn.parts(step, x_TD)), "ffn", scale=self.scale
             )
         x_TD = step.merge(
-            x_TD, (attended,), "attention", post_norm=self.attention_post, scale=self.scale
+            x_TD,
+            (attended,),
+            "attention",
+            post_norm=self.attention_post,
+            scale=self.scale,
+            stream_norm=self.attention_stream,
         )
         return step.merge(
-            x_TD, self.ffn.parts(step, x_TD), "ffn", post_norm=self.ffn_post, scale=self.scale
+            x_TD,
+            self.ffn.parts(step, x_TD),
+            "ffn",
+            post_norm=self.ffn_post,
+            scale=self.scale,
+            stream_norm=self.ffn_stream,
         )
 
 

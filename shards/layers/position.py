@@ -39,7 +39,8 @@ def _scaled(inverse: torch.Tensor, rotary: Rotary, scaling: Scaling, context: in
                 low, high = math.floor(low), math.ceil(high)
             low, high = max(low, 0), min(high, rotary.dim - 1)
             channel = torch.arange(rotary.dim // 2, dtype=torch.float32, device=inverse.device)
-            ramp = ((channel - low) / max(high - low, 0.001)).clamp(0, 1)
+            # Contexts of a few tokens have their borders the wrong way round: nothing is stretched.
+            ramp = ((channel - low) / ((high - low) or 0.001)).clamp(0, 1)
             return inverse / scaling.factor * ramp + inverse * (1 - ramp)
 
 

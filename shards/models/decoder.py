@@ -55,6 +55,7 @@ class Decoder(Generic[M]):
             layout.vocabulary[rank].start,
             spec.embedding_scale,
             weights.norm("embedding_norm", spec.norm) if spec.embedding_norm else None,
+            weights.matrix("embedding_projection") if spec.embedding_width is not None else None,
         )
         self.positions = None
         if spec.positions is not None:
@@ -67,10 +68,15 @@ class Decoder(Generic[M]):
             Layer(layer, spec.norm, rotations, split, rank, weights, f"layers.{i}")
             for i, (layer, split) in enumerate(zip(spec.layers, layout.layers, strict=True))
         ]
-        norm = weights.norm("norm", spec.norm)
         matrix = self.embedding.matrix if spec.tied_embeddings else weights.matrix("output")
         bias = weights.vector("output.bias") if spec.output_bias else None
-        self.head = Head(norm, Linear(matrix, bias), spec.logit_scale, spec.logit_softcap)
+        self.head = Head(
+            weights.norm("norm", spec.norm) if spec.final_norm else None,
+            Linear(matrix, bias),
+            spec.logit_scale,
+            spec.logit_softcap,
+            weights.matrix("output_projection") if spec.embedding_width is not None else None,
+        )
         weights.close()
 
     @property

@@ -50,9 +50,14 @@ class Source:
     otherwise: Source | None = None
 
     @property
+    def parts_have_names(self) -> bool:
+        """Whether each part is a tensor, rather than an entry of one."""
+        return "{part}" in self.tensor
+
+    @property
     def tensors(self) -> tuple[str, ...]:
         """The names of the tensors that hold it, without `scales`."""
-        if "{part}" not in self.tensor:
+        if not self.parts_have_names:
             return (self.tensor,)
         return tuple(self.tensor.replace("{part}", str(part)) for part in range(self.parts))
 

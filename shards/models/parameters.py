@@ -74,17 +74,22 @@ def parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
 
 
 def _parameters(spec: ModelSpec) -> Iterator[Parameter]:
-    width = spec.width
-    yield Parameter("embedding.weight", (spec.vocabulary, width), Cut.VOCABULARY)
+    width, embedded = spec.width, spec.embedding_width or spec.width
+    yield Parameter("embedding.weight", (spec.vocabulary, embedded), Cut.VOCABULARY)
+    if spec.embedding_width is not None:
+        yield Parameter("embedding_projection.weight", (width, embedded))
     if spec.positions is not None:
         yield Parameter("positions.weight", (spec.positions.rows, width), plain=True)
     if spec.embedding_norm:
         yield from _norm("embedding_norm", width, spec.norm)
     for i, layer in enumerate(spec.layers):
         yield from _layer(i, layer, width, spec.norm)
-    yield from _norm("norm", width, spec.norm)
+    if spec.final_norm:
+        yield from _norm("norm", width, spec.norm)
+    if spec.embedding_width is not None:
+        yield Parameter("output_projection.weight", (embedded, width))
     if not spec.tied_embeddings:
-        yield Parameter("output.weight", (spec.vocabulary, width), Cut.VOCABULARY)
+        yield Parameter("output.weight", (spec.vocabulary, embedded), Cut.VOCABULARY)
     if spec.output_bias:
         yield Parameter("output.bias", (spec.vocabulary,), Cut.VOCABULARY)
 
@@ -105,6 +110,8 @@ def _layer(i: int, layer: Layer, width: int, norm: Norm) -> Iterator[Parameter]:
         yield from _attention(f"{at}.attention", layer.attention, width, i)
     if layer.post_norm:
         yield from _norm(f"{at}.attention_post_norm", width, norm, i)
+    if layer.stream_norm:
+        yield from _norm(f"{at}.attention_stream_norm", width, norm, i)
     if layer.pre_norm and not layer.shared_norm:
         yield from _norm(f"{at}.ffn_norm", width, norm, i)
     if isinstance(layer.ffn, MixtureOfExperts):
@@ -113,6 +120,8 @@ def _layer(i: int, layer: Layer, width: int, norm: Norm) -> Iterator[Parameter]:
         yield from _ffn(f"{at}.ffn", layer.ffn, width, i)
     if layer.post_norm:
         yield from _norm(f"{at}.ffn_post_norm", width, norm, i)
+    if layer.stream_norm:
+        yield from _norm(f"{at}.ffn_stream_norm", width, norm, i)
 
 
 def _attention(at: str, a: Attention, width: int, i: int) -> Iterator[Parameter]:
@@ -151,11 +160,15 @@ def _latent_attention(at: str, a: LatentAttention, width: int, i: int) -> Iterat
     if a.query_rank is not None:
         inputs = a.query_rank
         yield Parameter(f"{at}.q_down.weight", (inputs, width), layer=i)
+        if a.bias:
+            yield Parameter(f"{at}.q_down.bias", (inputs,), layer=i)
         yield from _norm(f"{at}.q_norm", inputs, a.norm, i)
     per_head = a.nope_dim + a.rope_dim
     shape = (a.heads * per_head, inputs)
     yield Parameter(f"{at}.q.weight", shape, Cut.QUERY_HEADS, 0, per_head, i)
     yield Parameter(f"{at}.kv_down.weight", (a.latent + a.rope_dim, width), layer=i)
+    if a.bias:
+        yield Parameter(f"{at}.kv_down.bias", (a.latent + a.rope_dim,), layer=i)
     yield from _norm(f"{at}.kv_norm", a.latent, a.norm, i)
     for part, dim in (("k_up", a.nope_dim), ("v_up", a.value_dim)):
         shape = (a.heads * dim, a.latent)
@@ -164,6 +177,8 @@ def _latent_attention(at: str, a: LatentAttention, width: int, i: int) -> Iterat
         )  # absorbed into queries and outputs head by head, not multiplied as a layer
     shape = (width, a.heads * a.value_dim)
     yield Parameter(f"{at}.out.weight", shape, Cut.QUERY_HEADS, 1, a.value_dim, i)
+    if a.bias:
+        yield Parameter(f"{at}.out.bias", (width,), layer=i)
 
 
 def _ffn(at: str, f: FeedForward, width: int, i: int) -> Iterator[Parameter]:

@@ -83,7 +83,7 @@ def family_of_config(config: Mapping[str, Any]) -> Family:
             if any(name in family.architectures for name in names):
                 return family
         known = [name for family in FAMILIES for name in family.architectures]
-        raise _unknown("architecture", str(names[0]), known)
+        raise _unknown("architecture", str(names[0]), known, _remarks(config))
     model_type = config.get("model_type")
     if model_type is None:
         raise UnsupportedModel(
@@ -93,7 +93,8 @@ def family_of_config(config: Mapping[str, Any]) -> Family:
     for family in FAMILIES:
         if family.model_type == model_type:
             return family
-    raise _unknown("model_type", str(model_type), [family.model_type for family in FAMILIES])
+    known = [family.model_type for family in FAMILIES]
+    raise _unknown("model_type", str(model_type), known, _remarks(config))
 
 
 def family_of_gguf(architecture: str, *, experts: bool = False) -> tuple[Family, GGUFNames]:
@@ -110,8 +111,22 @@ def family_of_gguf(architecture: str, *, experts: bool = False) -> tuple[Family,
     raise _unknown("GGUF architecture", architecture, architectures)
 
 
-def _unknown(kind: str, name: str, known: Sequence[str]) -> UnsupportedModel:
+def _unknown(kind: str, name: str, known: Sequence[str], remarks: str = "") -> UnsupportedModel:
     nearest = get_close_matches(name, known, n=1, cutoff=0.0)
     return UnsupportedModel(
         f"{kind} {name!r} is unknown: known are {', '.join(known)}; the nearest is {nearest[0]}"
+        + remarks
     )
+
+
+def _remarks(config: Mapping[str, Any]) -> str:
+    """What else a config of an unknown model says that leads its reader on."""
+    text = config.get("text_config")
+    if isinstance(text, Mapping) and text.get("model_type"):
+        return (
+            f"; it holds a text model of model_type {text['model_type']!r}, which has to be saved "
+            "by itself to be served"
+        )
+    if config.get("auto_map"):
+        return "; its auto_map names code that comes with the model, and such code is never run"
+    return ""

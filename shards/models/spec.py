@@ -147,7 +147,8 @@ class LatentAttention:
     Keys and values of all heads come from one normed latent of `latent` channels: a head's key is
     `nope_dim` channels of it, then `rope_dim` channels that are rotated and the same for all heads;
     its value is `value_dim` channels. Queries come from x, or from a normed latent of their own of
-    `query_rank` channels. `scale` includes YaRN's factor where the model has one.
+    `query_rank` channels. `scale` includes YaRN's factor where the model has one. With a `bias`,
+    what makes the latents, queries' and keys', has one, and so has the output projection.
 
     What is cached is the latent and the rotated channels, once for all heads. Read in the absorbed
     form (appendix there) this is MQA with keys of `latent` + `rope_dim` channels, whose first
@@ -163,6 +164,7 @@ class LatentAttention:
     norm: Norm
     rotary: Rotary
     query_rank: int | None = None
+    bias: bool = False
 
     @property
     def kv_heads(self) -> int:
@@ -241,13 +243,15 @@ class Layer:
     Each half's norm stands before it (`pre_norm`), after it and before it is added (`post_norm`),
     or at both places. `parallel` halves read the same x, through two norms or through one
     (`shared_norm`): x += attention(norm(x)) + ffn(norm(x)), with one all-reduce. What is added is
-    first multiplied by `residual_scale`.
+    first multiplied by `residual_scale`. With a `stream_norm` each sum is normed in turn, as the
+    first Transformer's were (arXiv:1706.03762): x = norm(x + attention(x)); x = norm(x + ffn(x)).
     """
 
     attention: Attention | LatentAttention
     ffn: FeedForward | MixtureOfExperts
     pre_norm: bool = True
     post_norm: bool = False
+    stream_norm: bool = False
     parallel: bool = False
     shared_norm: bool = False
     residual_scale: float = 1.0
@@ -259,9 +263,11 @@ class ModelSpec:
 
     `layers` holds one entry per layer, so that layers may differ; equal layers share one object.
     `context` is the longest sequence (prompt + generated) the positions allow. `norm` is what every
-    layer's norms and the last one are. Token embeddings are multiplied by `embedding_scale`; where
-    `embedding_norm`, they are normed before the first layer. Logits are multiplied by
-    `logit_scale`; a `logit_softcap` c then makes them c tanh(logit / c).
+    layer's norms and the last one, where there is a `final_norm`, are. Token embeddings are
+    multiplied by `embedding_scale`; where `embedding_norm`, they are normed before the first layer.
+    Where they have an `embedding_width` of their own, linear layers widen them to `width`, and
+    narrow what goes into the output layer. Logits are multiplied by `logit_scale`; a
+    `logit_softcap` c then makes them c tanh(logit / c).
     `dtype` is the checkpoint's own: float32, float16 or bfloat16.
     """
 
@@ -276,6 +282,8 @@ class ModelSpec:
     dtype: str = "float32"
     embedding_scale: float = 1.0
     embedding_norm: bool = False
+    embedding_width: int | None = None
+    final_norm: bool = True
     output_bias: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None

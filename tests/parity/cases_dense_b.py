@@ -70,6 +70,20 @@ CASES = [
         },
         (1, 2, 3, 4),
     ),
+    # The 350M model's parts: a normed residual stream, none at the end, narrow embeddings.
+    Case("opt-7-stream-norm", "opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),
+    Case("opt-7-wide-embeddings", "opt", {"word_embed_proj_dim": 68}, (1, 2, 3, 4)),
+    Case(
+        "opt-5-stream-norm-untied",
+        "opt",
+        {
+            "num_attention_heads": 5,
+            "do_layer_norm_before": False,
+            "tie_word_embeddings": False,
+            "enable_bias": False,
+        },
+        (1, 2, 3, 4),
+    ),
     Case("bloom-7", "bloom", {}),
     # Beyond a power of two, the later heads' slopes lie between those of the first.
     Case(

@@ -80,6 +80,13 @@ _MODELS = [
         {"rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
         _WORLDS,
     ),
+    Case("deepseek-v3-biased", "deepseek_v3", {"attention_bias": True}, _WORLDS),
+    Case(
+        "deepseek-v2-biased-whole-queries",
+        "deepseek_v2",
+        {"attention_bias": True, "q_lora_rank": None},
+        _WORLDS,
+    ),
     Case(
         "deepseek-v3-one-group",
         "deepseek_v3",

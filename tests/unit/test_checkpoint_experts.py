@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from shards.checkpoint.loader import load_shard
+from shards.errors import CheckpointError
 from shards.layout import make_layout
 from shards.models.parameters import parameters
 from shards.models.source import ModelSource, load_spec, open_model
@@ -256,8 +257,21 @@ def test_gguf_of_deepseek_before_its_kv_b_was_parted(tmp_path: Path) -> None:
     check(open_model(str(path)), model, expert_parallel=False)
 
 
-def test_the_drafting_layer_of_deepseek_v3_is_left_alone(tmp_path: Path) -> None:
-    model = tiny_model("deepseek_v3")
+@pytest.mark.parametrize(("family", "first"), [("deepseek_v3", 2), ("qwen3_moe", 61)])
+def test_layers_that_draft_are_left_alone(family: str, first: int, tmp_path: Path) -> None:
+    model = tiny_model(family)
     path = save(model, tmp_path) / "model.safetensors"
-    save_file(load_file(path) | {"model.layers.61.eh_proj.weight": torch.zeros(4, 8)}, path)
+    drafting = {
+        f"model.layers.{layer}.{name}.weight": torch.zeros(4, 8)
+        for layer in (first, first + 1)
+        for name in ("eh_proj", "enorm", "self_attn.q_proj", "mlp.experts.0.up_proj")
+    }
+    save_file(load_file(path) | drafting, path)
     check(open_model(str(tmp_path)), model, expert_parallel=False)
+
+
+def test_other_layers_beyond_the_last_are_not(tmp_path: Path) -> None:
+    path = save(tiny_model("deepseek_v3"), tmp_path) / "model.safetensors"
+    save_file(load_file(path) | {"model.layers.2.self_attn.o_proj.weight": torch.zeros(4)}, path)
+    with pytest.raises(CheckpointError, match=r"1 unused: model\.layers\.2\.self_attn"):
+        open_model(str(tmp_path))

@@ -343,7 +343,7 @@ def test_every_accelerator_predicts(device: Accelerator) -> None:
     ("options", "message"),
     [
         ({"quantization": "fp8"}, "the device has no fp8 arithmetic"),
-        ({"quantization": "int3"}, "quantization int3: use one of none, int8, int4, fp8"),
+        ({"quantization": "int3"}, "quantization int3: use one of auto, none, int8, int4, fp8"),
         ({"dtype": "int8"}, "dtype int8: use one of float32, bfloat16, float16"),
         ({"batch": 0}, "batch 0: give at least 1"),
         ({"batch": 513}, "batch 513: a step of 512 tokens has no room"),

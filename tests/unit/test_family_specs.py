@@ -199,6 +199,18 @@ def test_family_by_architecture_or_model_type() -> None:
         ({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"}, "unknown"),
         ({"model_type": "gpt-2"}, "known are llama, .*, gpt2, .*; the nearest is gpt2"),
         ({}, "neither architectures nor model_type"),
+        ({"architectures": [], "model_type": "lama"}, "model_type 'lama' is unknown: .* is llama"),
+        (
+            {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModel": "modeling_own.Own"}},
+            "'OwnForCausalLM' is unknown: .* auto_map names code .* never run",
+        ),
+        (
+            {
+                "architectures": ["Mistral3ForConditionalGeneration"],
+                "text_config": {"model_type": "mistral"},
+            },
+            "'Mistral3ForConditionalGeneration' is unknown: .* text model of model_type 'mistral'",
+        ),
     ],
 )
 def test_unknown_architecture_lists_the_known(config: dict[str, Any], said: str) -> None:

@@ -285,7 +285,7 @@ def test_what_is_said_of_gpt4_needs_no_part_of_its_own() -> None:
         ("deepseek_v3", {"num_experts_per_tok": 129}, "129: a token has 128 experts to choose"),
         ("deepseek_v3", {"scoring_func": "tanh"}, "scoring_func is 'tanh': known are softmax, s"),
         ("deepseek_v3", {"topk_method": "best"}, "topk_method is 'best': known are greedy"),
-        ("deepseek_v3", {"attention_bias": True}, "attention_bias is True"),
+        ("deepseek_v3", {"attention_bias": "both"}, "attention_bias is 'both': true or false"),
         ("deepseek_v3", {"num_key_value_heads": 8}, "num_key_value_heads=8: every head has keys"),
         ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq is 2"),
         ("deepseek_v2", {"mlp_bias": True}, "mlp_bias is True"),

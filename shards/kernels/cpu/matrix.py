@@ -64,11 +64,12 @@ def pack(weights: Sequence[Weight], allocate: Allocate) -> CpuMatrix:
 
 
 def pack_experts(experts: Sequence[Sequence[Weight]], allocate: Allocate) -> CpuMatrix:
-    """Each expert by itself; raises `ValueError` where they differ in how they are quantised."""
-    packed = [pack(own, allocate).parts for own in experts]
-    if len({len(parts) for parts in packed}) > 1:
-        raise ValueError("experts of one layer are quantised differently: convert the model again")
-    return CpuMatrix(tuple(part for parts in packed for part in parts), len(packed))
+    """Each expert by itself, all in as many parts: as many as they have matrices, where a
+    checkpoint quantises the matrices of some experts alike and those of others not."""
+    counts = {sum(1 for _ in groupby(own, _kind)) for own in experts}
+    each = experts if len(counts) == 1 else [[weight] for own in experts for weight in own]
+    packed = [pack(own, allocate).parts for own in each]
+    return CpuMatrix(tuple(part for parts in packed for part in parts), len(experts))
 
 
 def _kind(weight: Weight) -> torch.dtype | Scheme:

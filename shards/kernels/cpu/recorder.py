@@ -70,12 +70,18 @@ class Recorder:
     def embed(
         self, embedding: Embedding[CpuMatrix], positions: PositionTable | None
     ) -> torch.Tensor:
-        x_TD = self._buffers.rows("hidden", embedding.matrix.inputs)
+        projection = embedding.projection
+        word = "hidden" if projection is None else "embedded"
+        x_TD = self._buffers.rows(word, embedding.matrix.inputs)
         tokens = torch.from_numpy(self._inputs.tokens)
         self._add("embed", matrix.embed(embedding.matrix, tokens, x_TD, embedding.first))
         self._all_reduce(x_TD)
         if embedding.scale != 1.0:
             self._add("embed", rows.scale(x_TD, embedding.scale))
+        if projection is not None:
+            embedded = x_TD
+            x_TD = self._buffers.rows("hidden", projection.outputs)
+            self._linear("embed", Linear(projection), embedded, x_TD)
         if positions is not None:
             at = torch.from_numpy(self._inputs.positions)
             self._add(
@@ -214,7 +220,22 @@ class Recorder:
         *,
         post_norm: Norm | None = None,
         scale: float = 1.0,
+        stream_norm: Norm | None = None,
     ) -> torch.Tensor:
+        self._merge(x_TD, parts, phase, post_norm, scale)
+        if stream_norm is not None:
+            self._add(phase, norms.norm(stream_norm, x_TD, x_TD))
+        return x_TD
+
+    def _merge(
+        self,
+        x_TD: torch.Tensor,
+        parts: Sequence[Part[CpuMatrix]],
+        phase: Phase,
+        post_norm: Norm | None,
+        scale: float,
+    ) -> None:
+        """x += scale * post_norm(the parts' sum over ranks)."""
         plain = post_norm is None and scale == 1.0
         if plain and self._collective.world == 1:
             for part in parts:
@@ -222,7 +243,7 @@ class Recorder:
                     self._add(phase, rows.add(x_TD, part.values))
                 else:
                     self._linear(phase, part.out, part.values, x_TD, add=True)
-            return x_TD
+            return
         # What is normed or scaled has its biases by then: they are in one rank's share of the sum.
         early = not plain and self._collective.rank == 0
         share_TD = self._share(parts, phase, with_biases=early)
@@ -232,7 +253,6 @@ class Recorder:
         biases = [p.out.bias for p in parts if p.out is not None and p.out.bias is not None]
         bias = sum(biases[1:], biases[0]) if plain and biases else None
         self._add(phase, rows.add(x_TD, share_TD, bias=bias, factor=scale))
-        return x_TD
 
     def logits(self, x_TD: torch.Tensor, head: Head[CpuMatrix]) -> torch.Tensor:
         limit = self._limits.sampled
@@ -240,7 +260,13 @@ class Recorder:
         logits_SV = self._buffers.rows("logits", head.linear.matrix.outputs, limit)
         at = torch.from_numpy(self._inputs.sampled)
         self._add("output", rows.gather_rows(x_TD, at, rows_SD))
-        self._add("output", norms.norm(head.norm, rows_SD, rows_SD, rows=Header.SAMPLED))
+        if head.norm is not None:
+            self._add("output", norms.norm(head.norm, rows_SD, rows_SD, rows=Header.SAMPLED))
+        if head.projection is not None:
+            narrow = self._buffers.rows("narrowed", head.projection.outputs, limit)
+            projection = Linear(head.projection)
+            self._linear("output", projection, rows_SD, narrow, counted=Header.SAMPLED)
+            rows_SD = narrow
         self._linear("output", head.linear, rows_SD, logits_SV, counted=Header.SAMPLED)
         if head.scale != 1.0 or head.softcap is not None:
             self._add("output", shape_logits(logits_SV, head.scale, head.softcap))

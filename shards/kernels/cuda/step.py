@@ -102,6 +102,8 @@ class CudaStep:
         self._timer.mark("all_reduce")
         if embedding.scale != 1.0:
             x_TD *= embedding.scale
+        if embedding.projection is not None:
+            x_TD = embedding.projection.apply(x_TD)
         if positions is not None:
             x_TD += positions.weight[self._inputs.positions_T + positions.offset]
         x_TD = self._normed(x_TD, embedding.norm)
@@ -190,6 +192,7 @@ class CudaStep:
         *,
         post_norm: Norm | None = None,
         scale: float = 1.0,
+        stream_norm: Norm | None = None,
     ) -> torch.Tensor:
         first, *others = (
             part.values if part.out is None else part.out.matrix.apply(part.values)
@@ -202,10 +205,14 @@ class CudaStep:
         for part in parts:
             if part.out is not None and part.out.bias is not None:
                 sum_TD += part.out.bias
-        return x_TD.add_(self._normed(sum_TD, post_norm), alpha=scale)
+        x_TD = x_TD.add_(self._normed(sum_TD, post_norm), alpha=scale)
+        return self._normed(x_TD, stream_norm)
 
     def logits(self, x_SD: torch.Tensor, head: Head[CudaMatrix]) -> torch.Tensor:
-        logits_SV = _linear(self._normed(x_SD, head.norm), head.linear).float()
+        x_SD = self._normed(x_SD, head.norm)
+        if head.projection is not None:
+            x_SD = head.projection.apply(x_SD)
+        logits_SV = _linear(x_SD, head.linear).float()
         return shape_logits(logits_SV, head.scale, head.softcap)
 
     def _normed(self, x_TD: torch.Tensor, norm: Norm | None) -> torch.Tensor:

@@ -27,8 +27,7 @@ class ReferenceKernels:
         return PlainMatrix.of(weights, self._dtype)
 
     def pack_experts(self, experts: Sequence[Sequence[Weight]]) -> PlainMatrix:
-        packed = [PlainMatrix.of(own, self._dtype).weights for own in experts]
-        return PlainMatrix(tuple(w for own in packed for w in own), self._dtype, len(experts))
+        return PlainMatrix(tuple(w for own in experts for w in own), self._dtype, len(experts))
 
     def vector(self, value: torch.Tensor) -> torch.Tensor:
         return value.to(self._device, self._dtype)

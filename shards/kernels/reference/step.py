@@ -66,6 +66,8 @@ class ReferenceStep:
         self._timer.mark("embed")
         x_TD = self._collective.all_reduce(x_TD) * embedding.scale
         self._timer.mark("all_reduce")
+        if embedding.projection is not None:
+            x_TD = embedding.projection.apply(x_TD)
         if positions is not None:
             x_TD = x_TD + positions.weight[self._positions_T + positions.offset]
         x_TD = norm(x_TD, embedding.norm)
@@ -158,6 +160,7 @@ class ReferenceStep:
         *,
         post_norm: Norm | None = None,
         scale: float = 1.0,
+        stream_norm: Norm | None = None,
     ) -> torch.Tensor:
         partial_TD = sum(
             (part.values if part.out is None else part.out.matrix.apply(part.values))
@@ -170,10 +173,13 @@ class ReferenceStep:
         for part in parts:
             if part.out is not None and part.out.bias is not None:
                 sum_TD = sum_TD + part.out.bias
-        return x_TD + norm(sum_TD, post_norm) * scale
+        return norm(x_TD + norm(sum_TD, post_norm) * scale, stream_norm)
 
     def logits(self, x_SD: torch.Tensor, head: Head[PlainMatrix]) -> torch.Tensor:
-        logits_SV = linear(norm(x_SD, head.norm), head.linear).float()
+        x_SD = norm(x_SD, head.norm)
+        if head.projection is not None:
+            x_SD = head.projection.apply(x_SD)
+        logits_SV = linear(x_SD, head.linear).float()
         return shape_logits(logits_SV, head.scale, head.softcap)
 
     def _attend(self, q_TNH: torch.Tensor, pattern: Pattern, cache: LayerCache) -> torch.Tensor:

@@ -84,7 +84,6 @@ def _attention(fields: Fields) -> LatentAttention:
             f"config fields num_attention_heads={heads} and num_key_value_heads="
             f"{fields.get('num_key_value_heads')!r}: every head has keys of its own from the latent"
         )
-    fields.refuse_flag("attention_bias", "only latent attention without biases is known")
     nope, rope = fields.integer("qk_nope_head_dim"), fields.integer("qk_rope_head_dim")
     return LatentAttention(
         heads=heads,
@@ -96,6 +95,7 @@ def _attention(fields: Fields) -> LatentAttention:
         norm=Norm("rms", _LATENT_EPS),
         rotary=rotary(fields, rope, interleaved=fields.flag("rope_interleave")),
         query_rank=fields.integer("q_lora_rank") if fields.get("q_lora_rank") is not None else None,
+        bias=fields.flag("attention_bias"),
     )
 
 
@@ -222,6 +222,8 @@ def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     required["v_head_dim"] = f"attention.value_length{later}"
     config = gguf_fields(metadata, "deepseek2", required, optional)
     config.setdefault("q_lora_rank", None)
+    # What drafts further tokens lies behind the layers, and is counted with them.
+    config["num_hidden_layers"] -= metadata.get("deepseek2.nextn_predict_layers", 0)
     config["qk_nope_head_dim"] = config.pop("qk_head_dim") - config["qk_rope_head_dim"]
     # llama.cpp's numbers; softmax where none is stated.
     scores = config.get("scoring_func", 1)
@@ -282,6 +284,5 @@ V3 = Family(
     spec=partial(_spec, _V3),
     sources=_sources,
     prefix="model.",
-    # The layer after the last drafts further tokens; the published models have 61.
-    ignored=(*llama.IGNORED, r"layers\.61\..*"),
+    ignored=llama.IGNORED,
 )

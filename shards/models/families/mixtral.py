@@ -90,7 +90,16 @@ def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gguf_sources(spec: ModelSpec) -> dict[str, Source]:
-    return llama.paired_gguf_sources(spec, experts.GGUF_NAMES)
+    """Files of before April 2024 have a tensor for each expert."""
+    apart = {
+        f"layers.{{i}}.experts.{{e}}.{part}": Source(
+            f"blk.{{i}}.ffn_{part}_exps",
+            stacked=True,
+            otherwise=Source(f"blk.{{i}}.ffn_{part}.{{e}}"),
+        )
+        for part in ("gate", "up", "down")
+    }
+    return llama.paired_gguf_sources(spec, experts.GGUF_NAMES | apart)
 
 
 FAMILY = Family(

@@ -1,4 +1,5 @@
-"""OPT, all sizes but 350M: learned positions that start at row 2, ReLU, biases."""
+"""OPT: learned positions that start at row 2, ReLU, biases. The 350M model norms its residual
+stream, has no norm at its end, and embeddings narrower than its layers."""
 
 from __future__ import annotations
 
@@ -39,12 +40,16 @@ _EPS = 1e-5
 _NAMES = {
     "embedding": "model.decoder.embed_tokens",
     "positions": "model.decoder.embed_positions",
+    "embedding_projection": "model.decoder.project_in",
+    "output_projection": "model.decoder.project_out",
     "layers.{i}.attention_norm": "model.decoder.layers.{i}.self_attn_layer_norm",
+    "layers.{i}.attention_stream_norm": "model.decoder.layers.{i}.self_attn_layer_norm",
     "layers.{i}.attention.q": "model.decoder.layers.{i}.self_attn.q_proj",
     "layers.{i}.attention.k": "model.decoder.layers.{i}.self_attn.k_proj",
     "layers.{i}.attention.v": "model.decoder.layers.{i}.self_attn.v_proj",
     "layers.{i}.attention.out": "model.decoder.layers.{i}.self_attn.out_proj",
     "layers.{i}.ffn_norm": "model.decoder.layers.{i}.final_layer_norm",
+    "layers.{i}.ffn_stream_norm": "model.decoder.layers.{i}.final_layer_norm",
     "layers.{i}.ffn.up": "model.decoder.layers.{i}.fc1",
     "layers.{i}.ffn.down": "model.decoder.layers.{i}.fc2",
     "norm": "model.decoder.final_layer_norm",
@@ -52,27 +57,16 @@ _NAMES = {
 }
 
 
-def _refuse_350m(fields: Fields) -> None:
-    """What OPT-350M has and no other size: norms of the residual stream, none at its end, and
-    embeddings narrower than the layers."""
-    for name, known in (
-        ("do_layer_norm_before", True),
-        ("_remove_final_layer_norm", False),
-        ("layer_norm_elementwise_affine", True),
-    ):
-        if fields.flag(name) is not known:
-            raise UnsupportedModel(f"config field {name} is {not known}: only {known} is known")
-    width = fields.integer("hidden_size")
-    if fields.get("word_embed_proj_dim") not in (None, width):
-        raise UnsupportedModel(
-            f"config field word_embed_proj_dim is {fields.get('word_embed_proj_dim')!r}: only "
-            f"embeddings as wide as hidden_size={width} are known"
-        )
-
-
 def _spec(config: Mapping[str, Any]) -> ModelSpec:
     fields = Fields(config, _DEFAULTS)
-    _refuse_350m(fields)
+    if not fields.flag("layer_norm_elementwise_affine"):
+        raise UnsupportedModel(
+            "config field layer_norm_elementwise_affine is False: only norms with weights are known"
+        )
+    pre_norm = fields.flag("do_layer_norm_before")
+    width, embedded = fields.integer("hidden_size"), fields.get("word_embed_proj_dim")
+    if embedded is not None:
+        embedded = fields.integer("word_embed_proj_dim")
     heads = fields.heads("num_attention_heads")
     head_dim = fields.even_share("hidden_size", "num_attention_heads")
     bias = fields.flag("enable_bias")
@@ -81,11 +75,13 @@ def _spec(config: Mapping[str, Any]) -> ModelSpec:
         FeedForward(
             fields.integer("ffn_dim"), fields.activation("activation_function"), False, bias
         ),
+        pre_norm=pre_norm,
+        stream_norm=not pre_norm,
     )
     context = fields.integer("max_position_embeddings")
     return ModelSpec(
         architecture="opt",
-        width=fields.integer("hidden_size"),
+        width=width,
         vocabulary=fields.integer("vocab_size"),
         context=context,
         layers=(layer,) * fields.layers("num_hidden_layers"),
@@ -93,6 +89,8 @@ def _spec(config: Mapping[str, Any]) -> ModelSpec:
         positions=LearnedPositions(context + _FIRST_POSITION, offset=_FIRST_POSITION),
         tied_embeddings=fields.flag("tie_word_embeddings"),
         dtype=fields.dtype(),
+        embedding_width=None if embedded == width else embedded,
+        final_norm=pre_norm and not fields.flag("_remove_final_layer_norm"),
     )
 
 
