@@ -14,12 +14,15 @@ from jsonschema import Draft202012Validator
 from tests.conftest import ROOT
 
 KUBERNETES = "1.37"
+OVERLAYS = ("local-cpu", "gpu-single-node", "gpu-multi-node")
+# Their schemas are not Kubernetes' own: their operators bring them.
+CUSTOM = {"RayService", "PodMonitor", "PrometheusRule", "GRPCRoute", "HTTPRoute"}
 SCHEMA = ROOT.parent / "shared/kuberay/rayservice-v1.7.0.schema.json"
 
 Objects = list[dict[str, Any]]
 
 
-@pytest.fixture(params=["local-cpu", "gpu-single-node"])
+@pytest.fixture(params=OVERLAYS)
 def objects(request: pytest.FixtureRequest, render: Callable[[str], Objects]) -> Objects:
     return copy.deepcopy(render(request.param))
 
@@ -104,8 +107,9 @@ def test_the_crd_refuses_a_misspelt_field(
 
 
 def test_other_objects_are_what_kubernetes_takes(objects: Objects) -> None:
-    others = [item for item in objects if item["kind"] != "RayService"]
-    assert "ServiceAccount" in {item["kind"] for item in others}
+    others = [item for item in objects if item["kind"] not in CUSTOM]
+    kinds = {item["kind"] for item in others}
+    assert kinds >= {"ServiceAccount", "NetworkPolicy", "PodDisruptionBudget"}
     for item in others:
         kubernetes_validate.validate(item, KUBERNETES, strict=True)
 
@@ -121,11 +125,8 @@ def test_pods_and_service_are_what_kubernetes_takes(spec: dict[str, Any]) -> Non
 
 
 def test_only_what_is_meant_to_be_applied_is_rendered(objects: Objects) -> None:
-    assert {item["kind"] for item in objects} <= {
-        "RayService",
-        "ServiceAccount",
-        "PersistentVolumeClaim",
-    }
+    assert not [item for item in objects if "local-config" in str(item["metadata"])]
+    assert not [item for item in objects if item["kind"] == "Secret"]
 
 
 def test_images_are_pinned(spec: dict[str, Any]) -> None:
@@ -143,16 +144,87 @@ def test_nothing_secret_is_written_down(spec: dict[str, Any]) -> None:
                 assert "value" not in variable
 
 
-def test_containers_hold_no_privileges(spec: dict[str, Any]) -> None:
-    for container, pod in containers(spec):
+def test_containers_hold_no_privileges(objects: Objects, spec: dict[str, Any]) -> None:
+    sets = [item["spec"]["template"]["spec"] for item in objects if item["kind"] == "StatefulSet"]
+    for pod in (*sets, *(template["spec"] for template in templates(spec))):
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["runAsUser"] > 0
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert pod["automountServiceAccountToken"] is False
-        security = container["securityContext"]
-        assert security["allowPrivilegeEscalation"] is False
-        assert security["readOnlyRootFilesystem"] is True
-        assert security["capabilities"] == {"drop": ["ALL"]}
+        secured = [container["securityContext"] for container in pod["containers"]]
+        if pod.get("automountServiceAccountToken") is not False:
+            secured.append(autoscaler_options(spec)["securityContext"])
+        for security in secured:
+            assert security["allowPrivilegeEscalation"] is False
+            assert security["readOnlyRootFilesystem"] is True
+            assert security["capabilities"] == {"drop": ["ALL"]}
+
+
+def autoscaler_options(spec: dict[str, Any]) -> dict[str, Any]:
+    """Only where Ray's autoscaler runs has a pod to do with the Kubernetes API."""
+    assert spec["rayClusterConfig"]["enableInTreeAutoscaling"] is True
+    options: dict[str, Any] = spec["rayClusterConfig"]["autoscalerOptions"]
+    assert options["version"] == "v2"
+    return options
+
+
+def test_accounts_and_volumes_that_are_named_are_there(
+    objects: Objects, spec: dict[str, Any]
+) -> None:
+    named = {(item["kind"], item["metadata"]["name"]) for item in objects}
+    for template in templates(spec):
+        pod = template["spec"]
+        assert ("ServiceAccount", pod["serviceAccountName"]) in named
+        for volume in pod["volumes"]:
+            if "persistentVolumeClaim" in volume:
+                claim = volume["persistentVolumeClaim"]["claimName"]
+                assert ("PersistentVolumeClaim", claim) in named
+
+
+def test_policies_and_budgets_select_the_pods_they_mean(
+    objects: Objects, spec: dict[str, Any]
+) -> None:
+    labels = [template["metadata"]["labels"] for template in templates(spec)]
+    labels += [
+        item["spec"]["template"]["metadata"]["labels"]
+        for item in objects
+        if item["kind"] == "StatefulSet"
+    ]
+    for item in objects:
+        selector = {
+            "NetworkPolicy": lambda item: item["spec"]["podSelector"],
+            "PodDisruptionBudget": lambda item: item["spec"]["selector"],
+            "PodMonitor": lambda item: item["spec"]["selector"],
+        }.get(item["kind"])
+        if selector is not None:
+            wanted = selector(item)["matchLabels"].items()
+            assert any(wanted <= pod.items() for pod in labels), item["metadata"]["name"]
+
+
+def test_routes_lead_to_the_service(objects: Objects, spec: dict[str, Any]) -> None:
+    serve = spec["serveService"]
+    ports = {port["port"] for port in serve["spec"]["ports"]}
+    for item in objects:
+        if item["kind"] in ("GRPCRoute", "HTTPRoute"):
+            assert item["apiVersion"] == "gateway.networking.k8s.io/v1"
+            for rule in item["spec"]["rules"]:
+                for backend in rule["backendRefs"]:
+                    assert backend["name"] == serve["metadata"]["name"]
+                    assert backend["port"] in ports
+
+
+def test_the_head_outlives_its_pod_where_redis_stands(
+    objects: Objects, spec: dict[str, Any]
+) -> None:
+    stores = [item for item in objects if item["kind"] == "StatefulSet"]
+    options = spec["rayClusterConfig"].get("gcsFaultToleranceOptions")
+    assert bool(stores) == bool(options)
+    for store in stores:
+        host, _, port = options["redisAddress"].partition(":")
+        assert host == store["spec"]["serviceName"]
+        (container,) = store["spec"]["template"]["spec"]["containers"]
+        assert [int(port)] == [entry["containerPort"] for entry in container["ports"]]
+        (password,) = container["env"]
+        assert options["redisPassword"]["valueFrom"] == password["valueFrom"]
 
 
 def test_what_ray_writes_to_is_writable(spec: dict[str, Any]) -> None:

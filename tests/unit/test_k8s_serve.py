@@ -12,7 +12,6 @@ from ray.serve.schema import ServeDeploySchema
 
 from deploy.app import build
 from deploy.args import AppArgs
-from deploy.edge.health import INFERENCE
 from tests.conftest import MODEL, ROOT
 
 UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
@@ -20,7 +19,7 @@ UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 Objects = list[dict[str, Any]]
 
 
-@pytest.fixture(params=["local-cpu", "gpu-single-node"])
+@pytest.fixture(params=["local-cpu", "gpu-single-node", "gpu-multi-node"])
 def overlay(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -47,7 +46,6 @@ def args(config: dict[str, Any]) -> AppArgs:
 @pytest.fixture
 def worker(spec: dict[str, Any]) -> dict[str, Any]:
     (group,) = spec["rayClusterConfig"]["workerGroupSpecs"]
-    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == 1
     pod: dict[str, Any] = group["template"]["spec"]
     return pod
 
@@ -85,32 +83,55 @@ def test_serve_takes_the_config(config: dict[str, Any]) -> None:
     schema = ServeDeploySchema.model_validate(config)
     # Serve drops keys that it does not know without a word.
     assert set(config) <= set(ServeDeploySchema.model_fields)
-    assert set(config["http_options"]) <= set(type(schema.http_options).model_fields)
+    # Serve's own proxy stands in nobody's way, nor on anybody's port.
+    assert config["proxy_location"] == "Disabled"
     (application,) = schema.applications
     assert set(config["applications"][0]) <= set(type(application).model_fields)
     assert application.import_path == f"{build.__module__}:{build.__name__}"
 
 
-def test_one_replica(args: AppArgs) -> None:
-    assert args.replicas == 1
+def test_there_are_pods_for_the_replicas(args: AppArgs, spec: dict[str, Any]) -> None:
+    (group,) = spec["rayClusterConfig"]["workerGroupSpecs"]
+    scaling = args.autoscaling
+    least = args.replicas if scaling is None else scaling.min_replicas
+    most = args.replicas if scaling is None else scaling.max_replicas
+    assert (group["minReplicas"], group["maxReplicas"]) == (least, most)
+    assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    assert bool(spec["rayClusterConfig"].get("enableInTreeAutoscaling")) == (scaling is not None)
 
 
-def test_a_replica_fits_the_pod_and_a_second_does_not(
-    args: AppArgs, container: dict[str, Any]
+def test_a_replica_fills_its_pods(
+    args: AppArgs, spec: dict[str, Any], container: dict[str, Any]
 ) -> None:
-    """Two in one pod would want the same gRPC port: during an update the new one waits."""
+    """Two in one pod would die together; half of one would wait for ever."""
+    (group,) = spec["rayClusterConfig"]["workerGroupSpecs"]
+    hosts = group.get("numOfHosts", 1)
     requests, limits = container["resources"]["requests"], container["resources"]["limits"]
     assert requests == limits
-    room = {"CPU": quantity(requests["cpu"]), "GPU": quantity(requests.get("nvidia.com/gpu", "0"))}
-    needs = {kind: sum(bundle.get(kind, 0) for bundle in bundles(args)) for kind in room}
+    pod = {"CPU": quantity(requests["cpu"]), "GPU": quantity(requests.get("nvidia.com/gpu", "0"))}
+    needs = {kind: sum(bundle.get(kind, 0) for bundle in bundles(args)) for kind in pod}
     assert len(bundles(args)) == 1 + args.cluster.tensor_parallel
-    assert all(needs[kind] <= room[kind] for kind in room)
-    assert any(2 * needs[kind] > room[kind] for kind in room)
+    assert all(needs[kind] <= hosts * pod[kind] for kind in pod)
+    assert any(2 * needs[kind] > hosts * pod[kind] for kind in pod)
+    if hosts > 1:
+        assert args.cluster.placement in ("PACK", "SPREAD")
 
 
-def test_gpus_go_with_the_device(args: AppArgs, container: dict[str, Any]) -> None:
+def test_the_operator_waits_longer_than_ranks_load(
+    args: AppArgs, render: Callable[[str], Objects], overlay: str
+) -> None:
+    (service,) = [item for item in render(overlay) if item["kind"] == "RayService"]
+    minutes = service["metadata"]["annotations"]["ray.io/initializing-timeout"]
+    assert int(minutes.removesuffix("m")) * 60 > args.cluster.start_timeout_s
+
+
+def test_gpus_go_with_the_device(
+    args: AppArgs, spec: dict[str, Any], container: dict[str, Any]
+) -> None:
     gpus = quantity(container["resources"]["limits"].get("nvidia.com/gpu", "0"))
-    assert gpus == (args.cluster.tensor_parallel if args.cluster.device == "cuda" else 0)
+    (group,) = spec["rayClusterConfig"]["workerGroupSpecs"]
+    ranks = args.cluster.tensor_parallel if args.cluster.device == "cuda" else 0
+    assert gpus * group.get("numOfHosts", 1) == ranks
 
 
 def test_no_replica_lands_on_the_head(spec: dict[str, Any]) -> None:
@@ -134,11 +155,11 @@ def test_memory_holds_what_is_reserved(
 
 
 def test_ports_are_the_same_everywhere(
-    args: AppArgs, config: dict[str, Any], spec: dict[str, Any], container: dict[str, Any]
+    args: AppArgs, spec: dict[str, Any], container: dict[str, Any]
 ) -> None:
     (head,) = spec["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"]
     ports = {port["name"]: port["targetPort"] for port in spec["serveService"]["spec"]["ports"]}
-    expected = {"serve-grpc": args.server.grpc_port, "serve": config["http_options"]["port"]}
+    expected = {"serve-grpc": args.server.grpc_port, "serve": args.server.http_port}
     assert ports == expected
     for name, number in expected.items():
         assert port_of(container, name) == number
@@ -146,12 +167,19 @@ def test_ports_are_the_same_everywhere(
         assert port_of(head, name) == number
 
 
-def test_the_edge_is_reachable_and_probed(args: AppArgs, container: dict[str, Any]) -> None:
+def test_the_edge_is_reachable_and_probed(
+    args: AppArgs, spec: dict[str, Any], container: dict[str, Any]
+) -> None:
     assert args.server.host == "0.0.0.0"
-    # The kubelet's gRPC probe speaks no TLS.
-    assert args.server.tls_certificate is None
-    probe = container["readinessProbe"]["grpc"]
-    assert probe == {"port": args.server.grpc_port, "service": INFERENCE}
+    tls = args.server.tls_certificate is not None
+    # A kubelet has no certificate to show.
+    assert args.server.tls_client_ca is None
+    probe = container["readinessProbe"]["httpGet"]
+    assert (probe["path"], probe["port"]) == ("/health", "serve")
+    assert probe.get("scheme", "HTTP") == ("HTTPS" if tls else "HTTP")
+    ports = {port["name"]: port for port in spec["serveService"]["spec"]["ports"]}
+    assert ports["serve-grpc"].get("appProtocol") == (None if tls else "kubernetes.io/h2c")
+    assert ports["serve"]["appProtocol"] == ("https" if tls else "http")
 
 
 def test_the_pod_outlives_the_drain(args: AppArgs, worker: dict[str, Any]) -> None:
@@ -170,8 +198,9 @@ def test_files_named_in_the_config_come_from_secrets(
             assert secret["optional"] is False, f"{path} has to be there"
 
 
-def test_gpu_overlay_asks_for_a_token(render: Callable[[str], Objects]) -> None:
-    (service,) = [item for item in render("gpu-single-node") if item["kind"] == "RayService"]
+@pytest.mark.parametrize("name", ["gpu-single-node", "gpu-multi-node"])
+def test_gpu_overlays_ask_for_a_token(name: str, render: Callable[[str], Objects]) -> None:
+    (service,) = [item for item in render(name) if item["kind"] == "RayService"]
     (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
     assert application["args"]["server"]["token_file"]
 
