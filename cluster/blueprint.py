@@ -59,7 +59,7 @@ class Blueprint:
         spec = self.source.spec
         first = spec.layers[0].attention
         return ModelInfo(
-            name=self.source.name,
+            name=self.config.served_name or self.source.name,
             architecture=spec.architecture,
             vocabulary=spec.vocabulary,
             context=self.context,

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, mo
 from shards.quantization.choice import Quantization
 
 
-def _capacities(value: object) -> object:
+def _parts(value: object) -> object:
     """Accept the command line's `2,1,1`."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
@@ -17,13 +17,17 @@ def _capacities(value: object) -> object:
 
 
 Capacity = Annotated[
-    tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], BeforeValidator(_capacities)
+    tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], BeforeValidator(_parts)
+]
+Names = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), BeforeValidator(_parts)
 ]
 
 
 class ClusterConfig(BaseModel):
     """One model copy: a driver and `tensor_parallel` ranks.
 
+    `served_name` is what requests call the model; by default the name of its folder, or its hub id.
     `capacity` gives each rank's relative speed and then also says how many ranks there are.
     With `expert_parallel`, experts are dealt to ranks whole; else every one is cut by its channels.
     `kv_memory` is per rank; by default it is sized from the memory that is left after the weights.
@@ -35,6 +39,7 @@ class ClusterConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model: str
+    served_name: Annotated[str, Field(min_length=1)] | None = None
     tokenizer: str | None = None
     revision: str | None = None
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
@@ -64,7 +69,7 @@ class ClusterConfig(BaseModel):
         """`--capacity 2,1,1` alone means three ranks; with a contradicting size it is an error."""
         if not isinstance(data, dict) or data.get("capacity") is None:
             return data
-        capacity = _capacities(data["capacity"])
+        capacity = _parts(data["capacity"])
         if not isinstance(capacity, (tuple, list)):
             return data
         ranks = data.get("tensor_parallel")
@@ -79,21 +84,39 @@ class ClusterConfig(BaseModel):
 
 
 class ServerConfig(BaseModel):
-    """Where the edge listens, and who may call it. Port 0 takes any free port.
+    """Where the edge listens, who may call it, and how much at a time. Port 0 takes any free port;
+    without `http` there is gRPC alone.
 
-    Paths are read at start; `token_file` holds one bearer token per line.
+    Files are read at start, and again when they change: PEM for TLS, a bearer token per line
+    (`deploy/edge/tokens.py`), callers' limits in YAML (`deploy/edge/limits.py`). `tls_client_names`
+    are the common and alternative names that a client's certificate may bear; None takes every
+    certificate of `tls_client_ca`. Connections are asked to make way for new ones at
+    `max_connection_age_s`; what runs on them may go on for `max_connection_age_grace_s` (None:
+    until it ends). `trace` sends OpenTelemetry spans where the OTEL_* variables say: of requests,
+    and of one in `trace_steps` steps (0: of none).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     host: str = "127.0.0.1"
     grpc_port: Annotated[int, Field(ge=0, le=65535)] = 50051
+    http: bool = True
+    http_port: Annotated[int, Field(ge=0, le=65535)] = 8000
     tls_certificate: str | None = None
     tls_key: str | None = None
     tls_client_ca: str | None = None
+    tls_client_names: Names | None = None
     token_file: str | None = None
-    max_message_bytes: Annotated[int, Field(ge=1 << 16)] = 16 << 20
+    limits_file: str | None = None
+    max_message_bytes: Annotated[int, Field(ge=1 << 16, le=1 << 30)] = 4 << 20
+    max_connections: Annotated[int, Field(ge=1, le=1 << 20)] = 4096
+    max_streams_per_connection: Annotated[int, Field(ge=1, le=1 << 20)] = 512
+    max_concurrent_calls: Annotated[int, Field(ge=1, le=1 << 20)] = 2048
+    max_connection_age_s: Annotated[float, Field(ge=1, le=1e6)] | None = 3600
+    max_connection_age_grace_s: Annotated[float, Field(ge=1, le=1e6)] | None = None
     drain_timeout_s: Annotated[float, Field(ge=0)] = 2
+    trace: bool = False
+    trace_steps: Annotated[int, Field(ge=0)] = 100
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> ServerConfig:
@@ -101,4 +124,6 @@ class ServerConfig(BaseModel):
             raise ValueError("tls_certificate and tls_key go together: give both or neither")
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+        if self.tls_client_names is not None and self.tls_client_ca is None:
+            raise ValueError("tls_client_names needs tls_client_ca, which vouches for the names")
         return self

@@ -5,9 +5,11 @@ What runs is the engine loop's (`cluster/engine_loop.py`), on a thread of its ow
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from cluster.request import (
     HealthState,
     Load,
     ModelInfo,
+    RankCounters,
     RankHealth,
     RankInfo,
     Request,
@@ -33,11 +36,15 @@ from cluster.scheduler import Scheduler
 from cluster.stream import EventStream
 from cluster.text import TextCodec
 from shards.collectives import choose
+from shards.contract import Tokenizer
 
 log = structlog.get_logger(__name__)
 
 # Bounds, in seconds, of the hint when to try again.
 _RETRY_AFTER_S = (0.1, 30.0)
+# How old the ranks' counters may be, and how long to wait for new ones: a step may take longer.
+_COUNTERS_AGE_S = 2.0
+_COUNTERS_PATIENCE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,8 @@ class Driver:
         self._admission = threading.Lock()
         self._samples: dict[str, int] = {}  # of every admitted request that has not ended
         self._arrivals = 0
+        self._asked_at = float("-inf")
+        self._answer: Future[None] | None = None
 
     @property
     def model(self) -> ModelInfo:
@@ -94,12 +103,9 @@ class Driver:
         try:
             with ThreadPoolExecutor(1) as pool:
                 codec = pool.submit(self._load_codec)
-                group = self._form_group(launcher, on_progress)
-                self.codec = codec.result()
-            if self.codec is not None:
-                both = dict.fromkeys((*self._model.eos_token_ids, *self.codec.eos_token_ids))
-                known = tuple(token for token in both if token < self._model.vocabulary)
-                self._model = replace(self._model, eos_token_ids=known)
+                group = self._form_group(
+                    launcher, on_progress, lambda: self._take_codec(codec.result())
+                )
         except BaseException as error:
             self._lose(str(error) or type(error).__name__)
             if self._group is None:
@@ -177,6 +183,7 @@ class Driver:
             generated_tokens=loop.generated_tokens,
             prompt_tokens=scheduler.prompt_tokens,
             cached_tokens=scheduler.cached_tokens,
+            waiting_tokens=scheduler.waiting_tokens,
         )
 
     def health(self) -> Health:
@@ -185,6 +192,28 @@ class Driver:
             return Health(whole.state, whole.cause, whole.since, 0, ())
         ranks = tuple(self._rank_health(group, rank) for rank in range(group.world))
         return Health(whole.state, whole.cause, whole.since, group.epoch, ranks)
+
+    async def rank_counters(self) -> tuple[RankCounters, ...]:
+        """Of every rank that has told them so far; the ranks are asked between two steps, and at
+        most every few seconds. Returns soon, with what is known, also where they do not answer."""
+        loop, group = self._loop, self._group
+        if loop is None or group is None:
+            return ()
+        with self._admission:
+            now = time.monotonic()
+            if now - self._asked_at >= _COUNTERS_AGE_S:
+                self._asked_at, self._answer = now, loop.ask_ranks()
+            answer = self._answer
+        if answer is not None and not answer.done():
+            await asyncio.wait([asyncio.wrap_future(answer)], timeout=_COUNTERS_PATIENCE_S)
+        told = [state.status for state in group.states]
+        return tuple(
+            RankCounters(
+                status.rank, status.steps, status.seconds, status.rss, status.expert_tokens
+            )
+            for status in told
+            if status is not None
+        )
 
     def _rank_health(self, group: RankGroup, rank: int) -> RankHealth:
         whole, known = self._whole, group.states[rank]
@@ -263,7 +292,23 @@ class Driver:
             return None
         return TextCodec.load(source.tokenizer_path, source.tokenizer_gguf)
 
-    def _form_group(self, launcher: Launcher, on_progress: OnProgress | None) -> RankGroup:
+    def _take_codec(self, codec: TextCodec | None) -> Tokenizer | None:
+        """Keep a codec and its end tokens; what rank 0 needs of it."""
+        self.codec = codec
+        if codec is None:
+            return None
+        both = dict.fromkeys((*self._model.eos_token_ids, *codec.eos_token_ids))
+        known = tuple(token for token in both if token < self._model.vocabulary)
+        self._model = replace(self._model, eos_token_ids=known)
+        spelled = tuple(token for token in known if token < codec.size)
+        return Tokenizer(codec.tokenizer_json, spelled)
+
+    def _form_group(
+        self,
+        launcher: Launcher,
+        on_progress: OnProgress | None,
+        tokenizer: Callable[[], Tokenizer | None],
+    ) -> RankGroup:
         blueprint, config = self.blueprint, self.blueprint.config
         if blueprint.widened:
             log.warning("weights kept as floats: not cut in blocks of 32", names=blueprint.widened)
@@ -284,7 +329,7 @@ class Driver:
         shards = [
             blueprint.shard(rank, collective, placement.host_ranks(rank)) for rank in range(world)
         ]
-        group.start(placement, shards, on_progress)
+        group.start(placement, shards, on_progress, tokenizer)
         return group
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, overload
@@ -13,13 +13,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cluster.blueprint import draw_up
 from cluster.config import ClusterConfig
+from cluster.constraints import ConstraintChecker
 from cluster.driver import Driver
 from cluster.errors import InvalidRequest, Overloaded, Violation
-from cluster.prompts import bias_of, ids_of, prompts_of, texts_of
+from cluster.prompts import bias_of, constraint_of, ids_of, prompts_of, texts_of
 from cluster.rank_group import Launcher, OnProgress
 from cluster.ray_environment import prepare_local_ray
 from cluster.request import (
     BeamParams,
+    Constraint,
     FinishReason,
     ModelInfo,
     Request,
@@ -109,6 +111,7 @@ class Engine:
         self._launcher = launcher
         self._on_progress = on_progress
         self._ray: object | None = None
+        self._constraints: ConstraintChecker | None = None
 
     @property
     def model(self) -> ModelInfo:
@@ -132,11 +135,16 @@ class Engine:
         except BaseException:
             self.stop()
             raise
+        codec = self._driver.codec
+        if codec is not None:
+            self._constraints = ConstraintChecker(codec, self.model.eos_token_ids)
         return self
 
     def stop(self) -> None:
         """End the ranks, and Ray if it was started here. Idempotent."""
         self._driver.stop()
+        if self._constraints is not None:
+            self._constraints.close()
         if self._ray is not None:
             from cluster.shard_group import LocalRay
 
@@ -187,6 +195,10 @@ class Engine:
         beam_width: int | None = None,
         length_penalty: float = 1.0,
         early_stopping: bool = False,
+        json_schema: str | Mapping[str, Any] | bool | None = None,
+        regex: str | None = None,
+        lark: str | None = None,
+        choices: Sequence[str] | None = None,
         progress: bool | None = None,
     ) -> Generation | list[Generation]:
         """Continue a prompt, or each of a list of prompts; text and token ids may be mixed, and
@@ -194,9 +206,10 @@ class Engine:
 
         The parameters are those of `cluster.request.SamplingParams` and `Stopping`; `max_tokens`
         None goes as far as the context. `beam_width` searches for the likeliest continuation, as
-        `BeamParams` says, and gives the best one. `progress` shows a bar (by default for lists).
-        Raises `InvalidRequest` naming every fault, before anything is computed, and `Unavailable`
-        if the shard group dies.
+        `BeamParams` says, and gives the best one. `json_schema`, `regex`, `lark` or `choices` is
+        what the text has to be (docs/structured_output.md); only one may be given. `progress` shows
+        a bar (by default for lists). Raises `InvalidRequest` naming every fault, before anything is
+        computed, `NoToken` where no token can be picked, and `Unavailable` if the shard group dies.
         """
         sampling = SamplingParams(
             temperature=temperature,
@@ -223,7 +236,8 @@ class Engine:
         if beam_width is not None:
             beams = BeamParams(beam_width, length_penalty, early_stopping)
         prompts, single = prompts_of(prompt)
-        requests = [self._request(one, sampling, stopping, beams) for one in prompts]
+        constraint = constraint_of(json_schema=json_schema, regex=regex, lark=lark, choices=choices)
+        requests = [self._request(one, sampling, stopping, beams, constraint) for one in prompts]
         show = len(requests) > 1 if progress is None else progress
         generations = self._run(requests, show)
         return generations[0] if single else generations
@@ -234,6 +248,7 @@ class Engine:
         sampling: SamplingParams,
         stopping: Stopping,
         beams: BeamParams | None,
+        constraint: Constraint | None,
     ) -> Request:
         codec = self._driver.codec
         if isinstance(prompt, str):
@@ -251,9 +266,16 @@ class Engine:
                 )
             prompt = codec.encode(prompt)
         request = Request(
-            f"engine-{secrets.token_hex(8)}", tuple(prompt), sampling, stopping, beams=beams
+            f"engine-{secrets.token_hex(8)}",
+            tuple(prompt),
+            sampling,
+            stopping,
+            beams=beams,
+            constraint=constraint,
         )
         validate(request, self.model, has_tokenizer=codec is not None)
+        if self._constraints is not None:
+            self._constraints.check(request)
         return request
 
     def _run(self, requests: list[Request], show: bool) -> list[Generation]:

@@ -13,6 +13,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 import structlog
 
@@ -23,7 +25,7 @@ from cluster.rank_group import RankGroup, RanksLost
 from cluster.request import FinishReason, TokenEvent
 from cluster.scheduler import Scheduler
 from cluster.sequence import Sequence
-from shards.contract import NO_TOKEN, PhaseSeconds, Sampled, StepResult
+from shards.contract import NO_TOKEN, PhaseSeconds, Sampled, StepPlan, StepResult
 from shards.timing import add
 
 log = structlog.get_logger(__name__)
@@ -36,6 +38,24 @@ _STEP_GRACE_S = 5.0
 # The kernel counts a wait in milliseconds and 32 bits; a deadline may be years away.
 _LONGEST_WAIT_S = 60.0
 _MOST_DEAD_DEADLINES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class StepSample:
+    """One step as the driver saw it: when its plan left and its result was back (unix time, ns),
+    how many tokens of how many sequences it computed, and where rank 0's time went. Two plans are
+    under way at a time, so that a step may wait for the one before it."""
+
+    step: int
+    epoch: int
+    sent_ns: int
+    received_ns: int
+    sequences: int
+    tokens: int
+    seconds: PhaseSeconds
+
+
+OnStep = Callable[[StepSample], None]
 
 
 class EngineLoop:
@@ -73,6 +93,10 @@ class EngineLoop:
         self._deadlines: list[tuple[float, str]] = []
         self._sent: deque[float] = deque()
         self._last_end: float | None = None
+        self._askers: list[Future[None]] = []
+        self._on_step: OnStep | None = None
+        self._sample_every = 0
+        self._sampled: dict[int, tuple[int, StepPlan]] = {}
         self._thread = threading.Thread(target=self._run, name="headwise-engine", daemon=True)
 
     def start(self) -> None:
@@ -104,6 +128,25 @@ class EngineLoop:
         """End a job that nobody reads any more."""
         self._post(lambda: self._drop_job(request_id))
 
+    def ask_ranks(self) -> Future[None]:
+        """Have the ranks tell their counters to the group's `states`; done when all have, or when
+        the group is lost."""
+        asker: Future[None] = Future()
+        with self._closing:
+            if self._lost is None:
+                self._post(lambda: self._ask_ranks(asker))
+                return asker
+        asker.set_result(None)
+        return asker
+
+    def sample_steps(self, every: int, on_step: OnStep) -> None:
+        """Tell `on_step`, which must not block, of one in `every` steps; from the engine thread."""
+
+        def begin() -> None:
+            self._sample_every, self._on_step = every, on_step
+
+        self._post(begin)
+
     def _post(self, note: Callable[[], None]) -> None:
         self._inbox.append(note)
         self._group.wake()
@@ -119,6 +162,7 @@ class EngineLoop:
                 self._send_plans()
                 for result in self._group.poll(self._patience()):
                     self._commit(result)
+                self._answer_askers()
                 if self._overdue():
                     raise self._group.stuck(self._step_timeout_s)
         except RanksLost as lost:
@@ -133,11 +177,24 @@ class EngineLoop:
         self._work_through_inbox()
         for job in self._jobs.values():
             job.stream.end(Unavailable(cause))
+        for asker in self._askers:
+            asker.set_result(None)
         self._group.stop()
 
     def _work_through_inbox(self) -> None:
         while self._inbox:
             self._inbox.popleft()()
+
+    def _ask_ranks(self, asker: Future[None]) -> None:
+        if not self._askers and self._lost is None:
+            self._group.ask()
+        self._askers.append(asker)
+
+    def _answer_askers(self) -> None:
+        if self._askers and self._group.answered:
+            for asker in self._askers:
+                asker.set_result(None)
+            self._askers.clear()
 
     def _send_plans(self) -> None:
         while len(self._sent) < _PIPELINE:
@@ -148,6 +205,8 @@ class EngineLoop:
             self._group.send(plan)
             now = time.monotonic()
             self._sent.append(now)
+            if self._on_step is not None and self.steps % self._sample_every == 0:
+                self._sampled[plan.step] = (time.time_ns(), plan)
             if plan.start:
                 self._unstarted = [s for s in self._unstarted if not s.note_start(now)]
 
@@ -156,18 +215,20 @@ class EngineLoop:
         self.seconds = add(self.seconds, result.seconds)
         if self._sent:
             self._sent[0] = time.monotonic()  # the next one's turn begins only now
+        if self._sampled:
+            self._tell_of_step(result)
         for found in result.prompt_logprobs:
             owner = self._scheduler.owner(result, found.slot)
             if owner is not None:
                 self._samples[owner].take_prompt(found)
         now = time.monotonic()
         for sequence, sampled in self._scheduler.commit(result):
-            self.generated_tokens += 1
+            self.generated_tokens += sampled.token != NO_TOKEN
             sample = self._samples.get(sequence)
             if sample is None:  # its job has just been given up
                 continue
             if sampled.token == NO_TOKEN:
-                self._give_up(sample.job, sampled.position)
+                self._give_up(sample.job, sampled)
                 continue
             if sample.job.beam is not None:
                 self._search_on(sample.job, sample.job.beam, sequence, sampled, now)
@@ -176,15 +237,35 @@ class EngineLoop:
             if not sample.open:
                 self._retire(sample, now)
 
-    def _give_up(self, job: Job, position: int) -> None:
-        """End a job that no token can be picked for; the others of the step go on."""
-        log.error("no token can be picked", request_id=job.request.id, position=position)
-        job.stream.end(
-            NoToken(
-                f"no token can be picked at position {position}: the logits hold NaN or infinity, "
-                "or every token is barred; check the sampling parameters, the checkpoint and dtype"
+    def _tell_of_step(self, result: StepResult) -> None:
+        sent_ns, plan = self._sampled.pop(result.step, (0, None))
+        if plan is not None and self._on_step is not None:
+            tokens = sum(work.count for work in plan.work)
+            self._on_step(
+                StepSample(
+                    step=result.step,
+                    epoch=result.epoch,
+                    sent_ns=sent_ns,
+                    received_ns=time.time_ns(),
+                    sequences=len(plan.work),
+                    tokens=tokens,
+                    seconds=result.seconds,
+                )
             )
+
+    def _give_up(self, job: Job, sampled: Sampled) -> None:
+        """End a job that no token can be picked for; the others of the step go on."""
+        position, fault = sampled.position, sampled.fault
+        log.error(
+            "no token can be picked", request_id=job.request.id, position=position, fault=fault
         )
+        cause = (
+            "the logits hold NaN or infinity, or every token is barred; check the sampling "
+            "parameters, the checkpoint and dtype"
+        )
+        if fault:
+            cause = f"the constraint cannot be held to any further ({fault})"
+        job.stream.end(NoToken(f"no token can be picked at position {position}: {cause}"))
         self._drop_job(job.request.id)
 
     def _search_on(
@@ -218,6 +299,12 @@ class EngineLoop:
 
     def _begin(self, job: Job) -> None:
         self._jobs[job.request.id] = job
+        log.debug(
+            "request admitted",
+            request_id=job.request.id,
+            prompt_tokens=len(job.request.prompt),
+            samples=len(job.samples),
+        )
         if job.request.deadline is not None:
             heapq.heappush(self._deadlines, (job.request.deadline, job.request.id))
         for sample in job.samples:
@@ -276,6 +363,7 @@ class EngineLoop:
         job = sample.job
         if not job.open_samples:
             del self._jobs[job.request.id]
+            log.debug("request ended", request_id=job.request.id)
             job.stream.end()
             self._on_end(job.request.id)
             if len(self._deadlines) > 2 * len(self._jobs) + _MOST_DEAD_DEADLINES:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from cluster.beams import Beam, BeamSearch, Finished
+from cluster.constraints import to_grammar
 from cluster.request import (
     BeamParams,
     FinishReason,
@@ -39,8 +40,10 @@ def to_sampling(
     end_tokens: Iterable[int],
     prompt_length: int,
     prompt_logprobs: int | None,
+    grammar: str = "",
 ) -> Sampling:
     """The rank's view of a sample's parameters, in plain numbers: a caller's may be numpy's."""
+    ends = tuple(sorted(end_tokens))
     return Sampling(
         temperature=float(params.temperature),
         top_k=int(params.top_k),
@@ -51,10 +54,12 @@ def to_sampling(
         frequency_penalty=float(params.frequency_penalty),
         seed=int(seed),
         logit_bias=params.logit_bias,
-        barred=tuple(sorted(end_tokens)) if stopping.min_tokens else (),
+        barred=ends if stopping.min_tokens else (),
         barred_before=prompt_length + int(stopping.min_tokens) if stopping.min_tokens else 0,
         logprobs=-1 if params.logprobs is None else int(params.logprobs),
         prompt_logprobs=-1 if prompt_logprobs is None else int(prompt_logprobs),
+        grammar=grammar,
+        end_tokens=ends if grammar else (),
     )
 
 
@@ -111,6 +116,7 @@ class Sample:
             logprobs=(sampled.logprobs,) if shown and sampled.logprobs is not None else (),
             prompt_logprobs=self._whole_prompt_logprobs() if first else None,
             seed=self._seed,
+            queued=(self._started_at or now) - self.job.arrived if first else None,
         )
         if finish is None:
             return event
@@ -209,6 +215,7 @@ class Job:
         request = self.request
         given = request.sampling.seed
         seed = secrets.randbits(64) if given is None else int(given)
+        grammar = "" if request.constraint is None else to_grammar(request.constraint)
         for index in range(request.n):
             sampling = to_sampling(
                 request.sampling,
@@ -218,6 +225,7 @@ class Job:
                 prompt_length=len(request.prompt),
                 # The prompt is the same for all samples: the first one tells of it.
                 prompt_logprobs=request.sampling.prompt_logprobs if index == 0 else None,
+                grammar=grammar,
             )
             sequence = self._sequence(index, sampling, context, arrival)
             if index:

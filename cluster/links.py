@@ -113,10 +113,15 @@ class RankLinks:
             if self._bell >= 0:
                 os.eventfd_write(self._bell, 1)
 
-    def send(self, message: ToRank, descriptor: int | None = None) -> None:
-        """To every connected rank, in order; with an open file behind it where given."""
+    def send(
+        self, message: ToRank, descriptor: int | None = None, *, rank: int | None = None
+    ) -> None:
+        """To every connected rank, or to `rank` alone, in order; with an open file behind it where
+        given."""
         frame = pack(message)
         for link in self._links.values():
+            if rank not in (None, link.hello.rank):
+                continue
             link.outbox += frame
             self._flush(link)
             if descriptor is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
 from cluster.errors import InvalidRequest, Violation
+from cluster.request import Constraint, Language
 
 
 def _refuse(field: str, value: object, wanted: str) -> InvalidRequest:
@@ -72,3 +74,34 @@ def bias_of(field: str, value: Any) -> dict[int, float]:
     ):
         raise _refuse(field, value, "a dict of token ids to numbers")
     return {int(token): float(bias) for token, bias in value.items()}
+
+
+def constraint_of(*, json_schema: Any, regex: Any, lark: Any, choices: Any) -> Constraint | None:
+    """The one that is not None. A schema is a dict, a bool, or JSON text."""
+    if isinstance(json_schema, Mapping | bool):
+        try:
+            json_schema = json.dumps(json_schema)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(
+                Violation("constraint.json_schema", f"it is not JSON ({error}): give what is")
+            ) from None
+    sources = {
+        Language.JSON_SCHEMA: json_schema,
+        Language.REGEX: regex,
+        Language.LARK: lark,
+        Language.CHOICES: choices,
+    }
+    given = {language: source for language, source in sources.items() if source is not None}
+    if not given:
+        return None
+    if len(given) > 1:
+        raise InvalidRequest(
+            Violation("constraint", f"{' and '.join(given)} are given: choose one")
+        )
+    [(language, source)] = given.items()
+    field = f"constraint.{language}"
+    if language is Language.CHOICES:
+        return Constraint(language, texts_of(field, source))
+    if not isinstance(source, str):
+        raise _refuse(field, source, "a text")
+    return Constraint(language, (source,))

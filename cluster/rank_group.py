@@ -24,9 +24,12 @@ from shards.contract import (
     Joined,
     Loaded,
     Progress,
+    Query,
+    RankStatus,
     StepPlan,
     StepResult,
     Stop,
+    Tokenizer,
 )
 from shards.errors import HeadwiseError, NotEnoughMemory
 
@@ -91,6 +94,7 @@ class RankState:
     hello: Hello | None = None
     loaded: Loaded | None = None
     progress: tuple[int, int] = (0, 0)
+    status: RankStatus | None = None
     failure: Failure | None = None
     gone: bool = False
 
@@ -128,6 +132,7 @@ class RankGroup:
         self._start_timeout_s = start_timeout_s
         self._links: RankLinks | None = None
         self._epoch = _Epoch(0)
+        self._asked: set[int] = set()
 
     @property
     def epoch(self) -> int:
@@ -138,10 +143,12 @@ class RankGroup:
         placement: Placement,
         shards: Sequence[ShardConfig],
         on_progress: OnProgress | None = None,
+        tokenizer: Callable[[], Tokenizer | None] = lambda: None,
     ) -> None:
         """Launch the ranks, wait until all have loaded, and form the first epoch.
 
-        Raises `StartupError` with the rank and its cause, or `NotEnoughMemory`.
+        `tokenizer`, called in between, gives what rank 0 needs to hold texts to grammars. Raises
+        `StartupError` with the rank and its cause, or `NotEnoughMemory`.
         """
         report = on_progress or (lambda what, done, total: None)
         deadline = time.monotonic() + self._start_timeout_s
@@ -151,6 +158,9 @@ class RankGroup:
         self._await(lambda state: state.hello is not None, "start", deadline, report)
         self._await(lambda state: state.loaded is not None, "load its weights", deadline, report)
         self.blocks = self._blocks_that_fit()
+        known = tokenizer()
+        if known is not None:
+            self._links.send(known, rank=0)
         self._form_epoch(placement)
         self._await(
             lambda state: state.hello is not None and state.hello.rank in self._epoch.joined,
@@ -161,6 +171,16 @@ class RankGroup:
 
     def send(self, plan: StepPlan) -> None:
         self._open_links().send(plan)
+
+    def ask(self) -> None:
+        """Ask every rank for its `RankStatus`, which it answers between two steps."""
+        self._asked = set(range(self.world))
+        self._open_links().send(Query())
+
+    @property
+    def answered(self) -> bool:
+        """Whether every rank has answered since `ask`; `states` have what they said."""
+        return not self._asked
 
     def poll(self, timeout_s: float | None) -> list[StepResult]:
         """Results that have arrived; waits at most `timeout_s`. Raises `RanksLost`."""
@@ -214,6 +234,9 @@ class RankGroup:
                 state.progress = (message.done, message.total)
             case Loaded():
                 state.loaded = message
+            case RankStatus():
+                state.status = message
+                self._asked.discard(message.rank)
             case Joined() if message.epoch == self._epoch.number:
                 self._epoch.joined.add(message.rank)
             case Failure():

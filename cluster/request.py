@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from shards.contract import Logprobs
+from shards.contract import Logprobs, PhaseSeconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,8 @@ class TokenEvent:
     `tokens` are new, never repeated. The last event of a sample carries `finish`, `usage` and
     `timing`; a stop token is not among its `tokens` unless `include_stop`, `stop_token` names it.
     `prompt_logprobs` come once, with the first event of sample 0: None stands for the first token.
-    `seed` is the one that the sample is drawn with. `score` comes with the end of a hypothesis of
+    `seed` is the one that the sample is drawn with. `queued` comes with its first tokens: the
+    seconds that it waited until a step took it in. `score` comes with the end of a hypothesis of
     a beam search, whose tokens all come in that one event; the best hypothesis is sample 0.
     """
 
@@ -145,6 +146,7 @@ class TokenEvent:
     timing: Timing | None = None
     seed: int | None = None
     score: float | None = None
+    queued: float | None = None
 
 
 class TokenStream(Protocol):
@@ -195,7 +197,8 @@ class Health:
 @dataclass(frozen=True, slots=True)
 class Load:
     """`kv_blocks_used` of `kv_blocks` hold live sequences. What follows `block_size` is counted
-    since the start; `cached_tokens` of `prompt_tokens` were found in the KV cache."""
+    since the start; `cached_tokens` of `prompt_tokens` were found in the KV cache. `waiting_tokens`
+    have to be computed before every waiting sequence yields its next one, cache aside."""
 
     running: int
     waiting: int
@@ -207,6 +210,20 @@ class Load:
     generated_tokens: int
     prompt_tokens: int
     cached_tokens: int
+    waiting_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RankCounters:
+    """What one rank has counted: `steps` and `seconds` since its epoch began, `expert_tokens`
+    (layer -> the tokens that each of its experts was sent, on whatever rank it lies) since it
+    loaded its weights. `rss` is its resident memory now, in bytes."""
+
+    rank: int
+    steps: int
+    seconds: PhaseSeconds
+    rss: int
+    expert_tokens: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,6 +107,7 @@ def _merged(events: list[TokenEvent]) -> list[TokenEvent]:
             tokens=tuple(token for part in parts for token in part.tokens),
             logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
             prompt_logprobs=parts[0].prompt_logprobs,
+            queued=parts[0].queued,
         )
         for parts in samples.values()
     ]

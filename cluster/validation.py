@@ -12,7 +12,15 @@ import numbers
 from collections.abc import Sequence
 
 from cluster.errors import InvalidRequest, Violation
-from cluster.request import BeamParams, ModelInfo, Request, SamplingParams, Stopping
+from cluster.request import (
+    BeamParams,
+    Constraint,
+    Language,
+    ModelInfo,
+    Request,
+    SamplingParams,
+    Stopping,
+)
 from cluster.text.codec import TextCodec
 
 MAX_ID_BYTES = 128
@@ -27,6 +35,8 @@ MAX_STOP_TOKENS = 256
 MAX_SEED = 2**64 - 1
 MAX_BEAM_WIDTH = 16
 MAX_LENGTH_PENALTY = 10.0
+MAX_CONSTRAINT_BYTES = 64 << 10
+MAX_CHOICES = 1024
 
 _DEFAULTS = SamplingParams()
 
@@ -39,7 +49,8 @@ def validate(
     max_samples: int = 64,
     prompt_field: str = "prompt",
 ) -> None:
-    """Raise `InvalidRequest` naming every fault, or return.
+    """Raise `InvalidRequest` naming every fault, or return. What a constraint says is not looked
+    at: that is for `cluster.constraints.ConstraintChecker`, which takes its time.
 
     `prompt_field` is where the client gave the prompt: "messages" for a conversation.
     """
@@ -57,6 +68,8 @@ def validate(
     _check_output(faults, request, model)
     if request.beams is not None:
         _check_beams(faults, request, request.beams, model)
+    if request.constraint is not None:
+        _check_constraint(faults, request, request.constraint, model, has_tokenizer)
     faults.raise_any()
 
 
@@ -303,6 +316,63 @@ def _check_beams(faults: _Faults, request: Request, beams: BeamParams, model: Mo
             f"{len(request.generated)} tokens do not tell how a beam search goes on: leave them "
             "out, it begins anew",
         )
+
+
+def _check_constraint(
+    faults: _Faults,
+    request: Request,
+    constraint: Constraint,
+    model: ModelInfo,
+    has_tokenizer: bool,
+) -> None:
+    if not has_tokenizer:
+        faults.add("constraint", "it needs text and this model has no tokenizer: leave it out")
+    _check_source(faults, constraint)
+    stopping = request.stopping
+    if stopping.ignore_eos:
+        faults.add(
+            "stopping.ignore_eos",
+            "true does not go with a constraint, whose texts end where they are complete: leave "
+            "it out",
+        )
+    elif not (stopping.token_ids or model.eos_token_ids):
+        faults.add(
+            "constraint",
+            "this model has no end token with which a complete text could end: name one among the "
+            "stopping.conditions",
+        )
+    if stopping.min_tokens:
+        faults.add(
+            "stopping.min_tokens",
+            f"{_quote(stopping.min_tokens)} does not go with a constraint, whose texts end where "
+            "they are complete: leave it out, or ask for longer texts in the constraint",
+        )
+    if request.beams is not None:
+        faults.add("constraint", "it does not go with a beam search: leave one of them out")
+
+
+def _check_source(faults: _Faults, constraint: Constraint) -> None:
+    field, texts = f"constraint.{constraint.language}", constraint.source
+    choices = constraint.language is Language.CHOICES
+    if choices and not 1 <= len(texts) <= MAX_CHOICES:
+        faults.add(field, f"{len(texts)} choices: give 1 to {MAX_CHOICES}")
+    for index, text in enumerate(texts):
+        if not text:
+            which = f"choice {index} is" if choices else "it is"
+            faults.add(field, f"{which} empty: give at least one character, or leave it out")
+            break
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            faults.add(
+                field,
+                f"it holds the lone surrogate {text[error.start]!r}, which no UTF-8 text can: "
+                "remove it or decode the text correctly",
+            )
+            break
+    size = sum(len(_utf8(text)) for text in texts)
+    if size > MAX_CONSTRAINT_BYTES:
+        faults.add(field, f"{size} bytes are more than {MAX_CONSTRAINT_BYTES}: shorten it")
 
 
 def _first_bad_id(ids: Sequence[int], vocabulary: int) -> int | None:

@@ -33,6 +33,8 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     barred_before: int = 0  # ...while the sampled token's position is below this (min_tokens)
     logprobs: int = -1  # -1: none; N: the sampled token's and the N most probable ones'
     prompt_logprobs: int = -1  # the same for every prompt token but the first
+    grammar: str = ""  # what the generated text is held to (`shards/grammar.py`); "" is nothing
+    end_tokens: tuple[int, ...] = ()  # with a grammar: may be drawn where the text is complete
 
 
 class SlotStart(msgspec.Struct, frozen=True, array_like=True):
@@ -86,18 +88,20 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True):
 
 NO_TOKEN = -1
 """In place of a sampled token: none could be picked, since the logits hold NaN or infinity, or
-every token is barred. The other slots of the step are none the worse for it."""
+every token is barred, or the grammar lets none follow. The other slots of the step are none the
+worse for it."""
 
 
 class Sampled(msgspec.Struct, frozen=True, array_like=True):
-    """`position` is the sampled token's own; `token` may be `NO_TOKEN`. `logits` is float32
-    little-endian [vocabulary]."""
+    """`position` is the sampled token's own; `token` may be `NO_TOKEN`, where `fault` says what
+    became of the slot's grammar. `logits` is float32 little-endian [vocabulary]."""
 
     slot: int
     position: int
     token: int
     logprobs: Logprobs | None = None
     logits: bytes | None = None
+    fault: str = ""
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -157,6 +161,14 @@ class Loaded(msgspec.Struct, frozen=True, array_like=True, tag="loaded"):
     peak_rss: int
 
 
+class Tokenizer(msgspec.Struct, frozen=True, array_like=True, tag="tokenizer"):
+    """What the model's tokens spell, for rank 0, which holds texts to grammars. `end_tokens` are
+    the model's own."""
+
+    tokenizer_json: str
+    end_tokens: tuple[int, ...]
+
+
 class Join(msgspec.Struct, frozen=True, array_like=True, tag="join"):
     """Form the collective of an epoch and lay out the KV cache of `blocks` blocks.
 
@@ -208,7 +220,7 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
     """Leave `run()` in an orderly way."""
 
 
-ToRank = StepPlan | Join | Query | Stop
+ToRank = StepPlan | Tokenizer | Join | Query | Stop
 FromRank = StepResult | Hello | Progress | Loaded | Joined | RankStatus | Failure
 
 encode = msgspec.msgpack.Encoder().encode

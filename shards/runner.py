@@ -17,6 +17,7 @@ from shards.contract import (
     StepResult,
 )
 from shards.errors import NotEnoughMemory
+from shards.grammar import GrammarTokenizer
 from shards.kernels.base import KernelSet, Limits, M
 from shards.kv_cache import LayerCache
 from shards.layout import Layout
@@ -77,7 +78,9 @@ class Runner:
         max_step_tokens: int,
         context: int,
         device: torch.device,
+        tokenizer: GrammarTokenizer | None = None,
     ) -> None:
+        """`tokenizer`: what rank 0 holds texts to grammars with."""
         rank = collective.rank
         self._collective = collective
         self._device = device
@@ -85,7 +88,9 @@ class Runner:
         self._vocabulary = layout.vocabulary
         self._caches = _allocate(kernels, spec, layout, rank, blocks, block_size)
         self._slots = Slots(max_sequences, context, block_size)
-        self._sampler = Sampler(spec.vocabulary, max_sequences, device) if rank == 0 else None
+        self._sampler = (
+            Sampler(spec.vocabulary, max_sequences, device, tokenizer) if rank == 0 else None
+        )
         # A step computes no more than its budget, and at least one row of each running sequence.
         limits = Limits(
             rows=max(max_step_tokens, max_sequences),
@@ -137,9 +142,9 @@ class Runner:
             self._slots.prompt_lengths[slots],
         )
 
-    def _gather_logits(self, rows_S: np.ndarray, timer: PhaseTimer) -> torch.Tensor | None:
-        """float32 [S, vocabulary] on rank 0, None elsewhere."""
-        logits_SV = self._executor.logits(rows_S, timer)
+    def _gather_logits(self, logits_SV: torch.Tensor) -> torch.Tensor | None:
+        """This rank's slice of the vocabulary -> float32 [S, vocabulary] on rank 0, None
+        elsewhere."""
         return self._collective.gather(logits_SV, [len(rows) for rows in self._vocabulary])
 
     def _prompt_logprobs(
@@ -153,7 +158,7 @@ class Runner:
             for at in range(item.start, known if top >= 0 else 0, _PROMPT_ROWS):
                 stop = min(at + _PROMPT_ROWS, known)
                 rows = np.arange(row + at - item.start, row + stop - item.start)
-                logits_TV = self._gather_logits(rows, timer)
+                logits_TV = self._gather_logits(self._executor.logits(rows, timer))
                 if logits_TV is not None and self._sampler is not None:
                     following = self._slots.tokens[item.slot, at + 1 : stop + 1].tolist()
                     tokens = self._sampler.prompt_logprobs(logits_TV, following, top)
@@ -169,25 +174,22 @@ class Runner:
         rows_S = np.cumsum([item.count for item in work])[[item.sample for item in work]] - 1
         slots = np.array([item.slot for item in items])
         positions = np.array([item.start + item.count for item in items])
+        logits_SV = self._executor.logits(rows_S, timer)
         widths = self._slots.shortlist[slots]
-        if widths.min() == 0 or any(item.logits for item in items):
-            sampled, tokens_S = self._sample_all(rows_S, items, slots, positions, timer)
+        whole_S = (widths == 0) | np.array([item.logits for item in items])
+        if whole_S.any() or widths.max() > 1:
+            sampled, tokens_S = self._sample_on_rank_0(logits_SV, items, positions, whole_S, timer)
             tokens_S = self._collective.broadcast(tokens_S)
-        elif widths.max() == 1:
-            sampled, tokens_S = self._sample_greedily(rows_S, slots, positions, timer)
         else:
-            count = int(widths.max())
-            sampled, tokens_S = self._sample_shortlists(rows_S, slots, positions, count, timer)
-            tokens_S = self._collective.broadcast(tokens_S)
+            sampled, tokens_S = self._sample_greedily(logits_SV, slots, positions, timer)
         self._slots.tokens[slots, positions] = tokens_S.cpu().numpy()
         timer.mark("sample")
         return sampled
 
     def _sample_greedily(
-        self, rows_S: np.ndarray, slots: np.ndarray, positions: np.ndarray, timer: PhaseTimer
+        self, logits_SV: torch.Tensor, slots: np.ndarray, positions: np.ndarray, timer: PhaseTimer
     ) -> tuple[tuple[Sampled, ...], torch.Tensor]:
         """Every rank sees each one's best token, and so knows the pick without being told."""
-        logits_SV = self._executor.logits(rows_S, timer)
         own = shortlist.shortlist(logits_SV, self._vocabulary[self._collective.rank].start, 1)
         timer.mark("output")
         widths = [2] * self._collective.world
@@ -201,60 +203,86 @@ class Runner:
         told = torch.where(usable_S, tokens_S, NO_TOKEN).tolist()
         return tuple(map(Sampled, slots.tolist(), positions.tolist(), told)), tokens_S
 
-    def _sample_shortlists(
+    def _sample_on_rank_0(
         self,
-        rows_S: np.ndarray,
-        slots: np.ndarray,
+        logits_SV: torch.Tensor,
+        items: list[SlotWork],
         positions: np.ndarray,
-        count: int,
+        whole_S: np.ndarray,
         timer: PhaseTimer,
     ) -> tuple[tuple[Sampled, ...], torch.Tensor]:
-        """Where each rank's `count` likeliest tokens are enough to choose from."""
-        logits_SV = self._executor.logits(rows_S, timer)
+        """Rank 0 picks, from whole logits where a slot needs them and from short lists for the
+        others, which are none the slower for their company."""
+        sampled: dict[int, Sampled] = {}
+        for rows, sample in (
+            (np.flatnonzero(whole_S), self._sample_whole),
+            (np.flatnonzero(~whole_S), self._sample_shortlists),
+        ):
+            if len(rows):
+                part_PV = logits_SV
+                if len(rows) < len(items):
+                    part_PV = logits_SV[torch.from_numpy(rows).to(self._device)]
+                part = [items[row] for row in rows]
+                sampled |= zip(
+                    rows.tolist(), sample(part_PV, part, positions[rows], timer), strict=False
+                )
+        if self._sampler is None:
+            return (), torch.empty(len(items), dtype=torch.int64, device=self._device)
+        ordered = tuple(sampled[row] for row in range(len(items)))
+        # A slot without a token ends; until then any will do.
+        tokens_S = torch.tensor([one.token for one in ordered], device=self._device).clamp_(min=0)
+        return ordered, tokens_S
+
+    def _sample_shortlists(
+        self,
+        logits_SV: torch.Tensor,
+        items: list[SlotWork],
+        positions: np.ndarray,
+        timer: PhaseTimer,
+    ) -> tuple[Sampled, ...]:
+        """Where each rank's likeliest tokens are enough to choose from; () off rank 0."""
+        slots = np.array([item.slot for item in items])
+        count = int(self._slots.shortlist[slots].max())
         own = shortlist.shortlist(logits_SV, self._vocabulary[self._collective.rank].start, count)
         widths = tuple(2 * min(count, len(rows)) for rows in self._vocabulary)
         lists = self._collective.gather(own, widths)
         timer.mark("output")
         if lists is None or self._sampler is None:
-            return (), self._no_tokens(len(slots))
+            return ()
         logits_SC, tokens_SC = shortlist.join(lists, widths)
         columns, _ = self._sampler.sample(logits_SC, slots, positions)
         columns_S = torch.tensor(columns, device=self._device)
         tokens_S = tokens_SC.gather(1, columns_S.clamp(min=0)[:, None])[:, 0]
         told = torch.where(columns_S < 0, NO_TOKEN, tokens_S).tolist()
-        return tuple(map(Sampled, slots.tolist(), positions.tolist(), told)), tokens_S
+        return tuple(map(Sampled, slots.tolist(), positions.tolist(), told))
 
-    def _sample_all(
+    def _sample_whole(
         self,
-        rows_S: np.ndarray,
+        logits_SV: torch.Tensor,
         items: list[SlotWork],
-        slots: np.ndarray,
         positions: np.ndarray,
         timer: PhaseTimer,
-    ) -> tuple[tuple[Sampled, ...], torch.Tensor]:
-        logits_SV = self._gather_logits(rows_S, timer)
+    ) -> tuple[Sampled, ...]:
+        """Where nothing less than all logits will do; () off rank 0."""
+        gathered_SV = self._gather_logits(logits_SV)
         timer.mark("output")
-        if logits_SV is None or self._sampler is None:
-            return (), self._no_tokens(len(slots))
-        tokens, logprobs = self._sampler.sample(logits_SV, slots, positions)
-        sampled = tuple(
+        if gathered_SV is None or self._sampler is None:
+            return ()
+        slots = [item.slot for item in items]
+        tokens, logprobs = self._sampler.sample(gathered_SV, slots, positions)
+        return tuple(
             Sampled(
                 item.slot,
                 position,
                 token,
                 logprob,
-                logits_SV[i].cpu().numpy().tobytes() if item.logits else None,
+                gathered_SV[i].cpu().numpy().tobytes() if item.logits else None,
+                self._sampler.fault(item.slot) if token == NO_TOKEN else "",
             )
             for i, (item, position, token, logprob) in enumerate(
                 zip(items, positions.tolist(), tokens, logprobs, strict=True)
             )
         )
-        # A slot without a token ends; until then any will do.
-        return sampled, torch.tensor(tokens, device=self._device).clamp_(min=0)
-
-    def _no_tokens(self, count: int) -> torch.Tensor:
-        """Room for what rank 0 broadcasts."""
-        return torch.empty(count, dtype=torch.int64, device=self._device)
 
 
 def _allocate(

@@ -33,9 +33,11 @@ from shards.contract import (
     RankStatus,
     StepPlan,
     Stop,
+    Tokenizer,
     decode_to_rank,
 )
 from shards.errors import CollectiveAborted, CollectiveError, HeadwiseError
+from shards.grammar import GrammarError, GrammarTokenizer
 from shards.kernels import kernel_set
 from shards.memory import KV_SHARE, device_bytes_left, peak_rss
 from shards.models.decoder import Decoder
@@ -58,6 +60,7 @@ class Worker:
         self._decoder: Decoder[Any] | None = None
         self._collective: Collective | None = None
         self._runner: Runner | None = None
+        self._tokenizer: GrammarTokenizer | None = None
         self._steps = 0
         self._seconds = PhaseSeconds()
 
@@ -92,6 +95,13 @@ class Worker:
             match decode_to_rank(self._channel.receive()):
                 case StepPlan() as plan:
                     self._step(plan)
+                case Tokenizer() as tokenizer:
+                    # One that no grammar goes with leaves constrained requests unserved, which the
+                    # driver's side refuses.
+                    with contextlib.suppress(GrammarError):
+                        self._tokenizer = GrammarTokenizer(
+                            tokenizer.tokenizer_json, tokenizer.end_tokens
+                        )
                 case Join() as join:
                     self._join(join)
                 case Query():
@@ -158,6 +168,7 @@ class Worker:
             max_step_tokens=config.max_step_tokens,
             context=config.context,
             device=self._device,
+            tokenizer=self._tokenizer,
         )
         self._steps, self._seconds = 0, PhaseSeconds()
         self._channel.send(Joined(config.rank, join.epoch))

@@ -1,4 +1,4 @@
-"""Sampling on rank 0: penalties, truncation, counter-based randomness, log probabilities."""
+"""Sampling on rank 0: penalties, grammars, truncation, counter-based randomness, logprobs."""
 
 from shards.sampling.sampler import Sampler, SamplingError
 

@@ -1,8 +1,9 @@
 """Picks the next tokens of a batch from its logits. Runs on rank 0, on CPU or CUDA.
 
-Order: logit bias, barred tokens, repetition, presence and frequency penalties, temperature, top-k,
-top-p, min-p, then a draw with one random number that depends on (seed, position) alone. So a
-sequence gets the same tokens in any batch, and again after a preemption or a lost rank.
+Order: logit bias, barred tokens, repetition, presence and frequency penalties, grammar,
+temperature, top-k, top-p, min-p, then a draw with one random number that depends on (seed,
+position) alone. So a sequence gets the same tokens in any batch, and again after a preemption or a
+lost rank.
 Shapes: S sequences of the step, R those that draw at random, V vocabulary.
 """
 
@@ -15,7 +16,9 @@ import torch
 
 from shards.contract import NO_TOKEN, Logprobs, Sampling
 from shards.errors import HeadwiseError
+from shards.grammar import GrammarTokenizer
 from shards.sampling.adjustments import Adjustments
+from shards.sampling.grammars import Grammars
 from shards.sampling.logprobs import token_logprobs
 from shards.sampling.philox import uniform
 from shards.sampling.truncation import draw
@@ -38,12 +41,22 @@ class SamplingError(HeadwiseError):
 
 
 class Sampler:
-    """Sampling state of `slots` slots over a vocabulary of `vocabulary` tokens."""
+    """Sampling state of `slots` slots over a vocabulary of `vocabulary` tokens.
 
-    def __init__(self, vocabulary: int, slots: int, device: torch.device | str) -> None:
+    Without a `tokenizer`, no token can be picked for a slot that is held to a grammar.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        slots: int,
+        device: torch.device | str,
+        tokenizer: GrammarTokenizer | None = None,
+    ) -> None:
         self._vocabulary = vocabulary
         self._device = torch.device(device)
         self._adjustments = Adjustments(self._device)
+        self._grammars = Grammars(tokenizer)
         self._temperature = np.zeros(slots, np.float32)
         self._top_k = np.full(slots, vocabulary, np.int64)
         self._top_p = np.ones(slots, np.float64)
@@ -65,10 +78,16 @@ class Sampler:
         self._seed[slot] = sampling.seed & _SEED
         self._logprobs[slot] = sampling.logprobs
         self._adjustments.start(slot, sampling, tokens, prompt_length)
+        self._grammars.start(slot, sampling, tokens[prompt_length:])
 
     def end(self, slot: int) -> None:
         """The slot's sequence is gone."""
         self._adjustments.end(slot)
+        self._grammars.end(slot)
+
+    def fault(self, slot: int) -> str:
+        """Why a slot's grammar lets nothing follow; "" if it does, or there is none."""
+        return self._grammars.fault(slot)
 
     def sample(
         self,
@@ -80,10 +99,11 @@ class Sampler:
 
         `logits_SV` float32, not modified. `positions` are those of the tokens being picked. Each
         token counts as generated from here on. `NO_TOKEN` stands where none can be picked: the
-        slot's logits hold NaN or infinity, or every token is barred.
+        slot's logits hold NaN or infinity, every token is barred, or see `fault`.
         """
         at = np.asarray(slots, np.int64)
         scores_SV = self._adjustments.apply(logits_SV, slots, positions)
+        scores_SV = self._grammars.apply(scores_SV, at.tolist())
         picked_S = scores_SV.argmax(-1)
         highest_S = scores_SV.gather(-1, picked_S[:, None]).squeeze(-1)
         random = np.flatnonzero(self._temperature[at])
@@ -103,6 +123,7 @@ class Sampler:
         usable = usable_S.tolist()
         if not all(usable):
             tokens = [t if ok else NO_TOKEN for t, ok in zip(tokens, usable, strict=True)]
+        self._grammars.record(at.tolist(), tokens)
         return tokens, logprobs
 
     def prompt_logprobs(

@@ -24,6 +24,7 @@ def width(sampling: Sampling) -> int:
         or sampling.repetition_penalty != 1
         or sampling.presence_penalty
         or sampling.frequency_penalty
+        or sampling.grammar
     )
     if adjusted or sampling.logprobs >= 0:
         return 0

@@ -8,7 +8,15 @@ from dataclasses import replace
 import pytest
 
 from cluster.errors import InvalidRequest
-from cluster.request import BeamParams, ModelInfo, Request, SamplingParams, Stopping
+from cluster.request import (
+    BeamParams,
+    Constraint,
+    Language,
+    ModelInfo,
+    Request,
+    SamplingParams,
+    Stopping,
+)
 from cluster.text import TextCodec
 from cluster.validation import max_prompt_bytes, validate
 from tests.unit.tiny_tokenizers import TRICKY, byte_level
@@ -40,6 +48,10 @@ def stopping(**fields: object) -> Request:
 
 def beams(width: int = 4, length_penalty: float = 1.0, **fields: object) -> Request:
     return replace(GOOD, beams=BeamParams(width, length_penalty), **fields)
+
+
+def constrained(language: Language, *source: str, **fields: object) -> Request:
+    return replace(GOOD, constraint=Constraint(language, source), **fields)
 
 
 def faults(request: Request, **options: object) -> list[tuple[str, str]]:
@@ -211,3 +223,55 @@ def test_max_prompt_bytes_refuses_no_prompt_that_fits() -> None:
         if len(codec.encode(text)) <= MODEL.context - 1:
             assert len(text.encode()) <= max_prompt_bytes(codec, MODEL)
     assert max_prompt_bytes(codec, MODEL) < 10_000
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        constrained(Language.JSON_SCHEMA, "not looked at"),
+        constrained(Language.REGEX, "é" * (32 << 10)),
+        constrained(Language.CHOICES, *["c"] * 1024),
+        constrained(Language.LARK, "x", sampling=SamplingParams(logit_bias={1: 1.0}), n=3),
+    ],
+)
+def test_constraints_that_are_allowed(request_: Request) -> None:
+    assert faults(request_) == []
+
+
+@pytest.mark.parametrize(
+    ("request_", "field", "quoted"),
+    [
+        (constrained(Language.JSON_SCHEMA, ""), "constraint.json_schema", "empty"),
+        (constrained(Language.REGEX, "é" * (32 << 10) + "a"), "constraint.regex", "65537 bytes"),
+        (constrained(Language.LARK, "a\ud800"), "constraint.lark", "surrogate"),
+        (constrained(Language.CHOICES), "constraint.choices", "0 choices"),
+        (constrained(Language.CHOICES, *["c"] * 1025), "constraint.choices", "1025 choices"),
+        (constrained(Language.CHOICES, "a", ""), "constraint.choices", "choice 1 is empty"),
+        (constrained(Language.CHOICES, "a" * 40_000, "b" * 40_000), "constraint.choices", "80000"),
+        (
+            constrained(Language.REGEX, "a", stopping=Stopping(ignore_eos=True)),
+            "stopping.ignore_eos",
+            "complete",
+        ),
+        (
+            constrained(Language.REGEX, "a", stopping=Stopping(min_tokens=3)),
+            "stopping.min_tokens",
+            "3 does not go",
+        ),
+        (constrained(Language.REGEX, "a", beams=BeamParams(2)), "constraint", "beam search"),
+    ],
+)
+def test_faults_of_constraints(request_: Request, field: str, quoted: str) -> None:
+    [(named, description)] = faults(request_)
+    assert named == field
+    assert quoted in description
+
+
+def test_a_constraint_needs_text_that_can_end() -> None:
+    request = constrained(Language.REGEX, "a")
+    [(field, description)] = faults(request, has_tokenizer=False)
+    assert (field, "no tokenizer" in description) == ("constraint", True)
+    endless = replace(MODEL, eos_token_ids=())
+    with pytest.raises(InvalidRequest, match="no end token"):
+        validate(request, endless, has_tokenizer=True)
+    validate(replace(request, stopping=Stopping(token_ids=(5,))), endless, has_tokenizer=True)

@@ -1,0 +1,164 @@
+"""Constraints of requests: turned into grammars, and tried out before anything is admitted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Collection
+
+import msgspec
+from llguidance import LLMatcher
+
+from cluster.errors import InvalidRequest, Violation
+from cluster.request import Constraint, Language, Request
+from cluster.text import TextCodec
+from shards.grammar_sandbox import Tokenizer, Trial, Verdict
+
+# Between the parts of a JSON text: nothing, a space, or a new line and its indentation. Small
+# models left to themselves can fill a context with white space.
+_JSON_WHITESPACE = r"[ ]|\n[ \t]{0,20}"
+# Grammars found good that are not tried again.
+_GOOD_KEPT = 256
+
+
+def field_of(constraint: Constraint) -> str:
+    """Where the client wrote it."""
+    return f"constraint.{constraint.language}"
+
+
+def to_grammar(constraint: Constraint) -> str:
+    """A constraint in llguidance's notation. Raises `InvalidRequest` where a schema is no JSON."""
+    match constraint.language:
+        case Language.JSON_SCHEMA:
+            return _from_schema(constraint)
+        case Language.REGEX:
+            return str(LLMatcher.grammar_from_regex(constraint.source[0]))
+        case Language.LARK:
+            return _from_lark(constraint.source[0])
+        case Language.CHOICES:
+            texts = (json.dumps(text, ensure_ascii=False) for text in constraint.source)
+            return _from_lark("start: " + " | ".join(texts))
+
+
+def _from_lark(source: str) -> str:
+    # By itself, a text that begins with a brace would pass for llguidance's internal notation.
+    return json.dumps({"grammars": [{"lark_grammar": source}]})
+
+
+def _from_schema(constraint: Constraint) -> str:
+    try:
+        schema = json.loads(constraint.source[0])
+    except (ValueError, RecursionError) as error:
+        raise _refused(constraint, f"it is not JSON ({error})") from None
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
+    if not isinstance(schema, dict):
+        raise _refused(constraint, f"a schema is an object, and this is {json.dumps(schema)[:64]}")
+    return str(
+        LLMatcher.grammar_from_json_schema(
+            schema,
+            # What a schema's own "x-guidance" may change...
+            defaults={"whitespace_pattern": _JSON_WHITESPACE},
+            # ...and what it may not: what cannot be held to is refused.
+            overrides={"lenient": False, "coerce_one_of": False},
+        )
+    )
+
+
+def _refused(constraint: Constraint, reason: str) -> InvalidRequest:
+    return InvalidRequest(Violation(field_of(constraint), reason))
+
+
+class ConstraintChecker:
+    """Tries the constraints of requests out, in a process that a bad one may end.
+
+    The process is started by the first constrained request, which takes a second, and lives until
+    `close`, or this process' end. Methods may be called from any thread; `check` blocks.
+    """
+
+    def __init__(self, codec: TextCodec, end_tokens: Collection[int]) -> None:
+        """`end_tokens`: all of the model's."""
+        self._codec = codec
+        self._end_tokens = [token for token in end_tokens if token < codec.size]
+        self._lock = threading.Lock()
+        self._sandbox: subprocess.Popen[bytes] | None = None
+        self._unsupported = ""
+        self._good: OrderedDict[str, None] = OrderedDict()
+
+    def check(self, request: Request) -> None:
+        """Raise `InvalidRequest` if the request's constraint cannot be held to, or if what was
+        generated breaks it already. Takes 0.25 s of a core at most, 2 ms as a rule."""
+        constraint = request.constraint
+        if constraint is None:
+            return
+        grammar = to_grammar(constraint)
+        with self._lock:
+            if not request.generated and grammar in self._good:
+                self._good.move_to_end(grammar)
+                return
+            verdict = self._try(Trial(grammar, list(request.generated)))
+            if not verdict.fault:
+                self._good[grammar] = None
+                if len(self._good) > _GOOD_KEPT:
+                    self._good.popitem(last=False)
+                return
+        if verdict.position >= 0:
+            raise InvalidRequest(
+                Violation(
+                    "generated",
+                    f"{verdict.fault} at index {verdict.position}: send what the same request "
+                    "generated",
+                )
+            )
+        raise _refused(constraint, verdict.fault)
+
+    def close(self) -> None:
+        """End the process. Idempotent."""
+        with self._lock:
+            self._end()
+
+    def _try(self, trial: Trial) -> Verdict:
+        if self._sandbox is None and not self._unsupported:
+            self._start()
+        if self._unsupported:
+            return Verdict(f"this model's texts cannot be held to any: {self._unsupported}")
+        try:
+            return self._ask(trial)
+        except OSError:  # somebody ended it
+            self._end()
+            self._start()
+            return self._ask(trial)
+
+    def _start(self) -> None:
+        self._sandbox = subprocess.Popen(
+            [sys.executable, "-m", "shards.grammar_sandbox"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        self._unsupported = self._ask(Tokenizer(self._codec.tokenizer_json, self._end_tokens)).fault
+        if self._unsupported:
+            self._end()
+
+    def _ask(self, question: Tokenizer | Trial) -> Verdict:
+        sandbox = self._sandbox
+        assert sandbox is not None
+        assert sandbox.stdin is not None
+        assert sandbox.stdout is not None
+        sandbox.stdin.write(msgspec.json.encode(question) + b"\n")
+        sandbox.stdin.flush()
+        answer = sandbox.stdout.readline()
+        if not answer:
+            raise BrokenPipeError("the grammar sandbox ended")
+        return msgspec.json.decode(answer, type=Verdict)
+
+    def _end(self) -> None:
+        sandbox, self._sandbox = self._sandbox, None
+        if sandbox is not None:
+            sandbox.kill()
+            sandbox.communicate()
