@@ -12,12 +12,13 @@ from typing import Any, Literal
 import structlog
 
 LogFormat = Literal["text", "json"]
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
 LOG_FILE = "HEADWISE_LOG_FILE"
 """Environment variable: where to write instead of stderr."""
 
 
-def configure_logging(log_format: LogFormat = "text", level: str = "INFO") -> None:
+def configure_logging(log_format: LogFormat = "text", level: LogLevel = "INFO") -> None:
     """Set up this process's log. Whatever is bound to the context (a request's id) is on each line.
 
     Traces without local variables: those hold what users sent. Colours only on a terminal. Also
