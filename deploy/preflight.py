@@ -11,7 +11,9 @@ from cluster.blueprint import Blueprint, draw_up
 from cluster.config import ClusterConfig, ServerConfig
 from cluster.errors import StartupError
 from cluster.text import TextCodec
-from deploy.edge.security import read_tokens, server_credentials
+from deploy.edge.http.server import bind
+from deploy.edge.limits import read_limits
+from deploy.edge.security import Access
 from deploy.edge.server import port_taken
 from shards.checkpoint.locate import is_hub_id
 from shards.errors import CheckpointError, NotEnoughMemory
@@ -23,9 +25,11 @@ _COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 def check(cluster: ClusterConfig, server: ServerConfig) -> None:
     """Raises `HeadwiseError` with the one sentence the user needs. Reads no weights."""
     _check_port(server)
-    server_credentials(server)
-    if server.token_file is not None:
-        read_tokens(server.token_file)
+    if server.http:
+        bind(server).close()
+    Access(server)
+    if server.limits_file is not None:
+        read_limits(server.limits_file)
     _check_cache(draw_up(cluster))
     if cluster.tokenizer is not None:
         _check_tokenizer(cluster.tokenizer, cluster.revision)

@@ -16,11 +16,15 @@ from deploy.edge.models import Served
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who asks: `name` is that of its token or certificate, empty where nobody is asked for one;
-    `traceparent` is its W3C trace context, empty for none."""
+    `traceparent` is its W3C trace context, empty for none; `address` is the IP address at the other
+    end of the connection, empty where that has none; `operation` is how OpenTelemetry names what is
+    asked for."""
 
     api: Literal["grpc", "vllm", "http"]
     name: str = ""
     traceparent: str = ""
+    address: str = ""
+    operation: Literal["text_completion", "chat"] = "text_completion"
 
 
 class Watch(Protocol):

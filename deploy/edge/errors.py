@@ -1,12 +1,15 @@
 """Every exception becomes a gRPC status here, and nowhere else.
 
-Statuses carry google.rpc details: BadRequest with every fault, RetryInfo, RequestInfo. Whatever is
-not expected becomes INTERNAL with an id that finds its trace in the log; nothing of it is told.
+Statuses carry google.rpc details: ErrorInfo with a reason that programs can rely on and RequestInfo
+always; BadRequest with every fault, RetryInfo, QuotaFailure and ResourceInfo where they apply
+(docs/security.md has the table). Whatever is not expected becomes INTERNAL with an id that finds
+its trace in the log; nothing of it is told.
 """
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -23,10 +26,14 @@ from shards.errors import HeadwiseError
 REQUEST_ID = "headwise-request-id"
 """Trailing metadata of every call to headwise's services."""
 
+DOMAIN = "headwise"
+"""Of every ErrorInfo."""
+
 # Statuses travel as HTTP/2 trailers, of which clients take 8 KiB; non-ASCII text and the binary
 # details grow in encoding, and the message appears in both.
 _MOST_MESSAGE_BYTES = 512
 _MOST_VIOLATIONS_BYTES = 2048
+_MOST_NAME_BYTES = 128
 
 log = structlog.get_logger(__name__)
 
@@ -34,13 +41,47 @@ log = structlog.get_logger(__name__)
 class UnknownModel(HeadwiseError):
     """A model that is not served here. -> NOT_FOUND"""
 
+    def __init__(self, message: str, model: str = "") -> None:
+        super().__init__(message)
+        self.model = model
+
+
+class UnknownService(HeadwiseError):
+    """A service whose health is asked for, and that is not here. -> NOT_FOUND"""
+
+
+class UnknownMethod(HeadwiseError):
+    """A method that no service here has. -> UNIMPLEMENTED"""
+
 
 class Unauthenticated(HeadwiseError):
     """No bearer token, or one that is not known. -> UNAUTHENTICATED"""
 
 
+class Forbidden(HeadwiseError):
+    """A known caller that may not do this. -> PERMISSION_DENIED"""
+
+
 class DeadlineExceeded(HeadwiseError):
-    """The client's deadline passed. -> DEADLINE_EXCEEDED"""
+    """The client's deadline passed, or the server's own for the client. -> DEADLINE_EXCEEDED"""
+
+
+class Ended(HeadwiseError):
+    """An operator ended the request, by its id. -> CANCELLED"""
+
+
+class LimitExceeded(HeadwiseError):
+    """A caller's limit on a metric; after `retry_after` seconds there is room again.
+    -> RESOURCE_EXHAUSTED"""
+
+    def __init__(
+        self, message: str, *, caller: str, metric: str, limit: int, retry_after: float
+    ) -> None:
+        super().__init__(message)
+        self.caller = caller
+        self.metric = metric
+        self.limit = limit
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,29 +91,41 @@ class Status:
     details: tuple[Message, ...] = ()
 
 
+# Code and ErrorInfo.reason of every error that is told; the first class that fits decides.
+_STATUSES: tuple[tuple[type[Exception], grpc.StatusCode, str], ...] = (
+    (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    (LimitExceeded, grpc.StatusCode.RESOURCE_EXHAUSTED, "LIMIT_EXCEEDED"),
+    (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
+    (Unavailable, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
+    (NoToken, grpc.StatusCode.FAILED_PRECONDITION, "NO_TOKEN"),
+    (UnknownModel, grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL"),
+    (UnknownService, grpc.StatusCode.NOT_FOUND, "UNKNOWN_SERVICE"),
+    (UnknownMethod, grpc.StatusCode.UNIMPLEMENTED, "UNKNOWN_METHOD"),
+    (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    (Forbidden, grpc.StatusCode.PERMISSION_DENIED, "FORBIDDEN"),
+    (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+    (Ended, grpc.StatusCode.CANCELLED, "ENDED"),
+)
+
+
+def code_of(error: BaseException) -> grpc.StatusCode:
+    """The code alone of what the client is told about an error."""
+    codes = (code for kind, code, _ in _STATUSES if isinstance(error, kind))
+    return next(codes, grpc.StatusCode.INTERNAL)
+
+
 def status_of(error: Exception) -> Status:
     """What the client is told about an error; logs it where the client is not told."""
-    if isinstance(error, InvalidRequest):
-        return _bad_request(error)
-    if isinstance(error, Overloaded):
-        retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromNanoseconds(round(error.retry_after * 1e9))
-        return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), (retry,))
-    if isinstance(error, Unavailable):
-        return Status(grpc.StatusCode.UNAVAILABLE, str(error))
-    if isinstance(error, NoToken):
-        return Status(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-    if isinstance(error, UnknownModel):
-        return Status(grpc.StatusCode.NOT_FOUND, str(error))
-    if isinstance(error, Unauthenticated):
-        return Status(grpc.StatusCode.UNAUTHENTICATED, str(error))
-    if isinstance(error, DeadlineExceeded):
-        return Status(grpc.StatusCode.DEADLINE_EXCEEDED, str(error))
+    for kind, code, reason in _STATUSES:
+        if isinstance(error, kind):
+            info = _error_info(reason, _metadata(error))
+            return Status(code, str(error), (info, *_details(error)))
     error_id = uuid.uuid4().hex[:12]
     log.error("unexpected error", error_id=error_id, exc_info=error)
     return Status(
         grpc.StatusCode.INTERNAL,
         f"internal error {error_id}: the server's log has its cause under this id",
+        (_error_info("INTERNAL", {"error_id": error_id}),),
     )
 
 
@@ -92,11 +145,53 @@ async def abort(
     await context.abort(status.code, message, (*trailers, (REQUEST_ID, request_id)))
 
 
-def _bad_request(error: InvalidRequest) -> Status:
+def _error_info(reason: str, metadata: Mapping[str, str]) -> Message:
+    return error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata)
+
+
+def _metadata(error: Exception) -> Mapping[str, str]:
+    if isinstance(error, LimitExceeded):
+        return {"limit": error.metric, "value": str(error.limit), "caller": error.caller}
+    if isinstance(error, UnknownModel):
+        return {"model": _clipped(error.model, _MOST_NAME_BYTES)}
+    return {}
+
+
+def _details(error: Exception) -> tuple[Message, ...]:
+    if isinstance(error, InvalidRequest):
+        return (_bad_request(error),)
+    if isinstance(error, Overloaded):
+        return (_retry_info(error.retry_after),)
+    if isinstance(error, LimitExceeded):
+        failure = error_details_pb2.QuotaFailure()
+        failure.violations.add(
+            subject=f"caller:{error.caller}",
+            description=_clipped(str(error), _MOST_MESSAGE_BYTES),
+            quota_metric=error.metric,
+            quota_value=error.limit,
+        )
+        return (_retry_info(error.retry_after), failure)
+    if isinstance(error, UnknownModel):
+        resource = error_details_pb2.ResourceInfo(
+            resource_type="model",
+            resource_name=_clipped(error.model, _MOST_NAME_BYTES),
+            description=_clipped(str(error), _MOST_MESSAGE_BYTES),
+        )
+        return (resource,)
+    return ()
+
+
+def _retry_info(seconds: float) -> Message:
+    retry = error_details_pb2.RetryInfo()
+    retry.retry_delay.FromNanoseconds(round(seconds * 1e9))
+    return retry
+
+
+def _bad_request(error: InvalidRequest) -> Message:
     details = error_details_pb2.BadRequest()
     left = _MOST_VIOLATIONS_BYTES
     for number, violation in enumerate(error.violations):
-        field = _clipped(violation.field, 128)
+        field = _clipped(violation.field, _MOST_NAME_BYTES)
         description = _clipped(violation.description, _MOST_MESSAGE_BYTES)
         left -= len(field.encode()) + len(description.encode())
         if left < 0 and number > 0:
@@ -104,7 +199,7 @@ def _bad_request(error: InvalidRequest) -> Status:
             details.field_violations.add(field="", description=f"and {rest} more faults")
             break
         details.field_violations.add(field=field, description=description)
-    return Status(grpc.StatusCode.INVALID_ARGUMENT, str(error), (details,))
+    return details
 
 
 def malformed(error: Exception) -> InvalidRequest:

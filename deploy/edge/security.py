@@ -1,107 +1,50 @@
-"""Who may connect (TLS, client certificates) and who may call (bearer tokens)."""
+"""Who may connect (TLS, client certificates) and who may call (bearer tokens), for every API."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import ssl
-from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Any
-
-import grpc
+from collections.abc import Sequence
 
 from cluster.config import ServerConfig
-from cluster.errors import StartupError
-from deploy.edge import errors
-
-_OPEN = "/grpc.health.v1.Health/"
-
-
-def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
-    """TLS as configured, or None for plain text; `StartupError` names the file at fault."""
-    if config.tls_certificate is None or config.tls_key is None:
-        return None
-    certificate = _read("tls_certificate", config.tls_certificate)
-    key = _read("tls_key", config.tls_key)
-    # grpc would only say that it could not add a port.
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(config.tls_certificate, config.tls_key, password=b"")
-    except (ssl.SSLError, ValueError) as error:
-        raise StartupError(
-            f"tls_certificate {config.tls_certificate} and tls_key {config.tls_key} are not a "
-            f"certificate and its unencrypted key in PEM: {error}"
-        ) from error
-    authority = None
-    if config.tls_client_ca is not None:
-        authority = _read("tls_client_ca", config.tls_client_ca)
-        try:
-            context.load_verify_locations(cadata=authority.decode("ascii"))
-        except (ssl.SSLError, ValueError) as error:
-            raise StartupError(
-                f"tls_client_ca {config.tls_client_ca} holds no certificates in PEM: {error}"
-            ) from error
-    return grpc.ssl_server_credentials(
-        [(key, certificate)], authority, require_client_auth=authority is not None
-    )
+from deploy.edge.errors import Forbidden, Unauthenticated
+from deploy.edge.files import CHECK_SECONDS, Reloaded
+from deploy.edge.tls import Certificates
+from deploy.edge.tokens import Tokens, read_tokens
 
 
-def read_tokens(path: str) -> tuple[str, ...]:
-    """One bearer token per line; blank lines do not count."""
-    try:
-        lines = _read("token_file", path).decode("ascii").split()
-    except UnicodeDecodeError as error:
-        raise StartupError(f"token_file {path}: tokens are ASCII text: {error}") from error
-    if not lines:
-        raise StartupError(f"token_file {path} holds no token: write one per line")
-    return tuple(lines)
+class Access:
+    """What `ServerConfig` says about callers, its files read again when they change.
 
+    `certificates` is None for plain text. The constructor raises `StartupError` naming the file at
+    fault.
+    """
 
-class BearerTokens(grpc.aio.ServerInterceptor):
-    """Refuses calls without a known token, before their message is read. Health stays open."""
+    def __init__(self, config: ServerConfig, *, check_every_s: float = CHECK_SECONDS) -> None:
+        self.certificates: Certificates | None = None
+        if config.tls_certificate is not None:
+            self.certificates = Certificates(config, check_every_s=check_every_s)
+        self._tokens: Reloaded[Tokens] | None = None
+        if (path := config.token_file) is not None:
+            self._tokens = Reloaded([path], lambda: read_tokens(path), check_every_s=check_every_s)
+        self._asks_clients = config.tls_client_ca is not None
+        self._allowed = None if config.tls_client_names is None else {*config.tls_client_names}
 
-    def __init__(self, tokens: tuple[str, ...]) -> None:
-        self._digests = tuple(_digest(token) for token in tokens)
+    def caller(self, authorization: str | None, certificate: Sequence[str] = ()) -> str:
+        """The caller's name: its token's, else its certificate's first, else empty.
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        if handler_call_details.method.startswith(_OPEN) or self._known(
-            dict(handler_call_details.invocation_metadata or ()).get("authorization")
-        ):
-            return await continuation(handler_call_details)
-        return grpc.stream_stream_rpc_method_handler(_refuse)
-
-    def _known(self, authorization: str | bytes | None) -> bool:
-        if not isinstance(authorization, str):
-            return False
-        scheme, _, token = authorization.partition(" ")
-        digest = _digest(token.strip())
-        # Every token is compared, in constant time, so that timing tells nothing about any of them.
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
-
-
-async def _refuse(_requests: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-    await errors.abort(
-        context,
-        errors.Unauthenticated(
-            "no known bearer token: send metadata `authorization: Bearer TOKEN` with a token of "
-            "the server's token_file"
-        ),
-        request_id="",
-    )
-
-
-def _digest(token: str) -> bytes:
-    return hashlib.sha256(token.encode()).digest()
-
-
-def _read(field: str, path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise StartupError(f"{field} {path} cannot be read: {error.strerror}") from error
+        `authorization` is the header's value, `certificate` what `tls.names_in` found. Raises
+        `Unauthenticated` without a known token, `Forbidden` for a certificate that may not call.
+        """
+        if self._allowed is not None and self._allowed.isdisjoint(certificate):
+            raise Forbidden(
+                "none of the names in the client's certificate is among the server's "
+                "tls_client_names"
+            )
+        if self._tokens is not None:
+            name = self._tokens.current.name_of(authorization)
+            if name is None:
+                raise Unauthenticated(
+                    "no known bearer token: send metadata `authorization: Bearer TOKEN` with a "
+                    "token of the server's token_file"
+                )
+            return name
+        return certificate[0] if self._asks_clients and certificate else ""

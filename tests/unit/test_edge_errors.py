@@ -138,11 +138,10 @@ async def test_text_needs_a_tokenizer() -> None:
     assert set(violations(error)) == {"prompt", "stopping.conditions"}
 
 
-async def test_a_text_that_cannot_fit_is_refused_without_being_tokenized(
-    edge: RunningEdge,
-) -> None:
-    text = "x" * (edge.generator.model.context * 4 + 1)
-    found = violations(await generate_error(edge, text=text, n=0))
+async def test_a_text_that_cannot_fit_is_refused_without_being_tokenized() -> None:
+    async with running_edge(max_message_bytes=1 << 23) as edge:
+        text = "x" * (edge.generator.model.context * 4 + 1)
+        found = violations(await generate_error(edge, text=text, n=0))
 
     assert "cannot fit" in found["prompt"]
     assert "n" in found

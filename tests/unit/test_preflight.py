@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check(model: Path, **options: Any) -> None:
     cluster = {"model": str(model), "tensor_parallel": 2, **options}
-    preflight.check(ClusterConfig.model_validate(cluster), ServerConfig(grpc_port=0))
+    preflight.check(ClusterConfig.model_validate(cluster), ServerConfig(grpc_port=0, http_port=0))
 
 
 def test_a_cache_smaller_than_a_block(model: Path) -> None:
