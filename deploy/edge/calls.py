@@ -49,6 +49,12 @@ def current_caller() -> Caller:
     return _caller.get()
 
 
+def deadline_of(context: Context) -> float | None:
+    """When the call's deadline passes, in `time.monotonic()` seconds; None for never."""
+    left = context.time_remaining()
+    return None if left is None else time.monotonic() + left
+
+
 async def write(context: Context, message: Message) -> None:
     """Send a message of a stream. Raises `DeadlineExceeded` where the reader has stopped reading:
     its request would hold its place for as long as it likes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,11 +13,14 @@ from cluster.errors import InvalidRequest, Violation
 from cluster.request import FinishReason
 from cluster.text import TextDelta
 from deploy import codec
-from deploy.edge.answers import Answers, Caller
+from deploy.edge.answers import Answers
+from deploy.edge.calls import current_caller, deadline_of, write
 from deploy.edge.errors import DeadlineExceeded
-from deploy.edge.intake import Intake, take_chat, take_generate
+from deploy.edge.extent import check_conversation
+from deploy.edge.intake import Intake
+from deploy.edge.messages import take_chat, take_generate
 from deploy.edge.models import Models, Served
-from deploy.edge.text import Texts
+from deploy.edge.text import Texts, spelled_tokens
 from headwise.v1 import inference_pb2, inference_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -33,12 +35,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         served = self._models.get(request.model)
-        intake = await take_generate(request, served, _deadline(context))
+        intake = await take_generate(request, served, deadline_of(context))
         await self._stream(served, intake, context, lambda message: message)
 
     async def Chat(self, request: inference_pb2.ChatRequest, context: Context) -> None:
         served = self._models.get(request.model)
-        intake = await take_chat(request, served, _deadline(context))
+        intake = await take_chat(request, served, deadline_of(context))
         await self._stream(served, intake, context, codec.chat_response)
 
     async def Tokenize(
@@ -54,6 +56,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 field="text",
             )
         elif kind == "conversation":
+            check_conversation(request.conversation)
             ids = await served.texts.render(
                 codec.conversation(request.conversation), field="conversation.messages"
             )
@@ -82,16 +85,16 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         as_response: Callable[[inference_pb2.GenerateResponse], Message],
     ) -> None:
         begun: set[int] = set()
-        async with self._answers.of(served, intake, _caller(context)) as deltas:
+        async with self._answers.of(served, intake, current_caller()) as deltas:
             async for delta in deltas:
                 message = await served.texts.build(
-                    _spelled_tokens(delta),
+                    spelled_tokens(delta),
                     partial(_response, delta, intake, served.texts, first=delta.index not in begun),
                 )
                 begun.add(delta.index)
                 if delta.finish is FinishReason.DEADLINE:
                     raise DeadlineExceeded("the call's deadline passed before the last token")
-                await context.write(as_response(message))
+                await write(context, as_response(message))
 
 
 def _response(
@@ -106,6 +109,7 @@ def _response(
     )
     if first:
         message.request_id = intake.request.id
+        message.echoed_tokens = len(intake.echo_ids)
     if delta.prompt_logprobs is not None:
         message.prompt_logprobs.extend(
             codec.prompt_logprobs(delta.prompt_logprobs, intake.request.prompt, text)
@@ -117,22 +121,6 @@ def _response(
             )
         )
     return message
-
-
-def _caller(context: Context) -> Caller:
-    metadata = dict(context.invocation_metadata() or ())
-    return Caller("grpc", traceparent=str(metadata.get("traceparent", "")))
-
-
-def _deadline(context: Context) -> float | None:
-    left = context.time_remaining()
-    return None if left is None else time.monotonic() + left
-
-
-def _spelled_tokens(delta: TextDelta) -> int:
-    """How many tokens its log probabilities name, each with its text."""
-    entries = (*delta.logprobs, *(delta.prompt_logprobs or ()))
-    return sum(1 + (0 if entry is None else len(entry.top_tokens)) for entry in entries)
 
 
 def _no_text(_token: int) -> str:

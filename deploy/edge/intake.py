@@ -1,15 +1,35 @@
-"""A message becomes a `cluster.request.Request`, or an `InvalidRequest` that names every fault."""
+"""A prompt and what is asked of it become an `Intake`, whichever API they came in by."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.errors import InvalidRequest, Violation
 from cluster.request import Request
 from cluster.validation import validate
-from deploy import codec
+from deploy.conversation import Conversation
 from deploy.edge.models import Served
-from headwise.v1 import inference_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a client gave: a text, token ids, a conversation, or None where that was no use.
+
+    `field` is where, for errors. `add_special_tokens` concerns texts alone: templates write theirs.
+    """
+
+    content: str | tuple[int, ...] | Conversation | None
+    field: str = "prompt"
+    add_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """How an answer is to look. `echo`: it begins with the prompt."""
+
+    with_text: bool = True
+    skip_special_tokens: bool = True
+    echo: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,108 +46,72 @@ class Intake:
     echo_ids: tuple[int, ...] = ()
 
 
-async def take_generate(
-    message: inference_pb2.GenerateRequest, served: Served, deadline: float | None
-) -> Intake:
-    """`deadline` is `time.monotonic()` seconds. Raises `InvalidRequest`, or `Overloaded` by the
-    tokenizer."""
-    texts = served.texts
-    faults: list[Violation] = []
-    prompt: tuple[int, ...] | None = None
-    kind = message.WhichOneof("prompt")
-    try:
-        if kind == "text":
-            prompt = (
-                await texts.encode(message.text, add_special_tokens=True, field="prompt")
-                if message.text
-                else ()
-            )
-        elif kind == "token_ids":
-            prompt = tuple(message.token_ids.ids)
-        else:
-            faults.append(Violation("prompt", "not set: set text or token_ids"))
-    except InvalidRequest as error:
-        faults.extend(error.violations)
-    intake = _intake(message, prompt, served, deadline, faults)
-    # An earlier attempt has already delivered the echo together with its tokens.
-    if not message.output.echo or intake.request.generated:
-        return intake
-    echo_text = message.text
-    if kind == "token_ids" and intake.with_text and texts.codec is not None:
-        echo_text = await texts.decode(
-            intake.request.prompt,
-            skip_special_tokens=intake.skip_special_tokens,
-            field="token_ids",
-        )
-    return Intake(
-        intake.request,
-        intake.with_text,
-        intake.skip_special_tokens,
-        echo_text if intake.with_text else "",
-        intake.request.prompt,
-    )
-
-
-async def take_chat(
-    message: inference_pb2.ChatRequest, served: Served, deadline: float | None
-) -> Intake:
-    """As `take_generate`, the prompt being the rendered conversation."""
-    faults: list[Violation] = []
-    prompt: tuple[int, ...] | None = None
-    try:
-        prompt = await served.texts.render(codec.conversation(message))
-    except InvalidRequest as error:
-        faults.extend(error.violations)
-    if message.output.echo:
-        faults.append(Violation("output.echo", "true: a chat has no echo; use Generate"))
-    if message.output.HasField("prompt_logprobs"):
-        faults.append(
-            Violation("output.prompt_logprobs", "set: a chat does not return them; use Generate")
-        )
-    return _intake(codec.generate_request(message), prompt, served, deadline, faults, "messages")
-
-
-def _intake(
-    message: inference_pb2.GenerateRequest,
-    prompt: tuple[int, ...] | None,
+async def take(
+    prompt: Prompt,
+    request: Request,
+    output: Output,
     served: Served,
-    deadline: float | None,
-    faults: list[Violation],
-    prompt_field: str = "prompt",
+    faults: tuple[Violation, ...] = (),
 ) -> Intake:
-    output = message.output
-    stopping, misunderstood = codec.stopping(message.stopping)
-    faults.extend(misunderstood)
-    constraint, misunderstood = codec.constraint(message)
-    faults.extend(misunderstood)
-    request = Request(
-        id=message.request_id,
-        # Where there is no prompt to judge, a harmless one lets the other faults be named as well.
-        prompt=(0,) if prompt is None else prompt,
-        sampling=codec.sampling_params(message.sampling, output),
-        stopping=stopping,
-        n=message.n if message.HasField("n") else 1,
-        generated=tuple(message.generated.ids),
-        deadline=deadline,
-        priority=message.priority,
-        cache=not message.prefix_cache.disabled,
-        cache_salt=message.prefix_cache.salt,
-        beams=codec.beam_params(message),
-        constraint=constraint,
-    )
-    has_tokenizer = served.texts.codec is not None
+    """`request` with its prompt in token ids, validated.
+
+    `faults` are those that the API itself found. Raises `InvalidRequest` that names them and every
+    other one, or `Overloaded` by the tokenizer.
+    """
+    found = list(faults)
+    # Where there is no prompt to judge, a harmless one lets the other faults be named as well.
+    ids: tuple[int, ...] = (0,)
+    try:
+        ids = await _token_ids(prompt, served, ids)
+    except InvalidRequest as error:
+        found.extend(error.violations)
+    request = replace(request, prompt=ids)
+    texts = served.texts
     try:
         validate(
-            request, served.generator.model, has_tokenizer=has_tokenizer, prompt_field=prompt_field
+            request,
+            served.generator.model,
+            has_tokenizer=texts.codec is not None,
+            prompt_field=prompt.field,
         )
     except InvalidRequest as error:
-        faults.extend(error.violations)
-    if faults:
-        raise InvalidRequest(*faults)
-    return Intake(
+        found.extend(error.violations)
+    if found:
+        raise InvalidRequest(*found)
+    await texts.check(request)
+    intake = Intake(
         request,
-        with_text=has_tokenizer and not output.skip_text,
-        skip_special_tokens=(
-            output.skip_special_tokens if output.HasField("skip_special_tokens") else True
-        ),
+        with_text=texts.codec is not None and output.with_text,
+        skip_special_tokens=output.skip_special_tokens,
+    )
+    # An earlier attempt has already delivered the echo together with its tokens.
+    if not output.echo or request.generated:
+        return intake
+    return replace(intake, echo_ids=ids, echo_text=await _echo_text(prompt, intake, served))
+
+
+async def _token_ids(prompt: Prompt, served: Served, otherwise: tuple[int, ...]) -> tuple[int, ...]:
+    content = prompt.content
+    if content is None:
+        return otherwise
+    if isinstance(content, Conversation):
+        return await served.texts.render(content, field=prompt.field)
+    if isinstance(content, str):
+        if not content:
+            return ()
+        return await served.texts.encode(
+            content, add_special_tokens=prompt.add_special_tokens, field=prompt.field
+        )
+    return content
+
+
+async def _echo_text(prompt: Prompt, intake: Intake, served: Served) -> str:
+    if not intake.with_text:
+        return ""
+    if isinstance(prompt.content, str):
+        return prompt.content
+    return await served.texts.decode(
+        intake.request.prompt,
+        skip_special_tokens=intake.skip_special_tokens,
+        field=prompt.field,
     )

@@ -67,7 +67,7 @@ class Models:
             raise Unavailable("no model is served yet: try again later")
         names = ", ".join(repr(known) for known in self.names)
         if name:
-            raise UnknownModel(f"model {name!r} is not served here: there is {names}")
+            raise UnknownModel(f"model {name!r} is not served here: there is {names}", name)
         if len(self._served) > 1:
             raise InvalidRequest(Violation("model", f"empty: name one of {names}"))
         return next(iter(self._served.values()))

@@ -1,90 +1,157 @@
-"""The gRPC server of one replica: services, interceptors, ports, and an orderly end."""
+"""The gRPC and HTTP servers of one replica: services, interceptors, ports, an orderly end."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Sequence
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
 from cluster.config import ServerConfig
 from cluster.errors import StartupError
-from deploy.edge import health, security
+from deploy.edge import health, listener, transport, vllm
 from deploy.edge.answers import Answers, Watcher
 from deploy.edge.calls import Calls
 from deploy.edge.control import ControlService
+from deploy.edge.http.api import HttpApi
+from deploy.edge.http.operations import Exposition
 from deploy.edge.inference import InferenceService
+from deploy.edge.limits import CallerLimits
 from deploy.edge.models import Models
+from deploy.edge.security import Access
+from deploy.edge.vllm.service import VllmService
 from headwise.v1 import control_pb2_grpc, inference_pb2_grpc
 
-_KEEPALIVE_MS = 30_000
 _LAST_WORDS_SECONDS = 0.5
+_LOOK_SECONDS = 0.1
 
 
 class Edge:
     """Serves `models`, which others add and remove. All methods belong to one event loop."""
 
     def __init__(
-        self, models: Models, config: ServerConfig, watchers: Sequence[Watcher] = ()
+        self,
+        models: Models,
+        config: ServerConfig,
+        watchers: Sequence[Watcher] = (),
+        *,
+        exposition: Exposition | None = None,
+        share_port: bool = False,
     ) -> None:
-        """`watchers` are told of every request."""
+        """`watchers` are told of every request; `exposition` is what GET /metrics answers.
+        `share_port`: other edges of this host may listen there too, and each gets some of the
+        connections."""
         self._config = config
         self._models = models
-        self._calls = Calls()
-        self._health = health.HealthService(models)
-        interceptors: list[grpc.aio.ServerInterceptor] = [self._calls]
-        if config.token_file is not None:
-            # Before everything else: a stranger's message is not even read.
-            interceptors.insert(0, security.BearerTokens(security.read_tokens(config.token_file)))
-        self._credentials = security.server_credentials(config)
-        self._server = grpc.aio.server(
-            interceptors=interceptors,
-            options=[
-                ("grpc.max_receive_message_length", config.max_message_bytes),
-                # Otherwise a second server may share the port, and each gets some of the calls.
-                ("grpc.so_reuseport", 0),
-                # A client whose machine vanished holds its KV cache until somebody notices.
-                ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
-                ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS // 3),
-                ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-            ],
+        self._access = Access(config)
+        self._calls = Calls(self._access, config.max_concurrent_calls)
+        self._health = health.HealthService(models, (health.INFERENCE, vllm.SERVICE))
+        # The limits come last, so that the others are told of what they refuse.
+        limits = [] if config.limits_file is None else [CallerLimits(config.limits_file)]
+        self._answers = Answers(*watchers, *limits)
+        self._http = (
+            HttpApi(
+                models,
+                self._answers,
+                config,
+                self._access,
+                exposition=exposition,
+                share_port=share_port,
+            )
+            if config.http
+            else None
         )
-        inference = InferenceService(models, Answers(*watchers))
+        self._server = grpc.aio.server(
+            interceptors=[self._calls],
+            # Otherwise a second server may share the port, and each gets some of the connections.
+            options=[*transport.options(config), ("grpc.so_reuseport", int(share_port))],
+        )
+        inference = InferenceService(models, self._answers)
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._server)  # type: ignore[no-untyped-call]
         control = ControlService(models)
         control_pb2_grpc.add_ControlServicer_to_server(control, self._server)  # type: ignore[no-untyped-call]
+        engine = VllmService(models, self._answers, self._health)
+        vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(engine, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
-            (health.INFERENCE, health.CONTROL, health.SERVICE, reflection.SERVICE_NAME),
+            (
+                health.INFERENCE,
+                health.CONTROL,
+                vllm.SERVICE,
+                health.SERVICE,
+                reflection.SERVICE_NAME,
+            ),
             self._server,
         )
         self._port = 0
 
     async def start(self) -> None:
         """Listen; `StartupError` where the address cannot be had."""
+        transport.raise_file_limit(self._config)
         address = f"{self._config.host}:{self._config.grpc_port}"
         try:
-            if self._credentials is None:
+            if self._access.certificates is None:
                 self._port = self._server.add_insecure_port(address)
             else:
-                self._port = self._server.add_secure_port(address, self._credentials)
+                credentials = self._access.certificates.for_grpc()
+                self._port = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise port_taken(self._config) from error
         await self._server.start()
+        if self._http is not None:
+            await self._http.start()
 
     @property
     def address(self) -> str:
         """host:port as bound."""
         return f"{self._config.host}:{self._port}"
 
+    @property
+    def http_address(self) -> str:
+        """URL as bound; empty where there is no HTTP."""
+        return "" if self._http is None else self._http.url
+
+    @property
+    def connections(self) -> dict[str, int]:
+        """How many clients are connected to each API."""
+        held = {"grpc": listener.connections(self._port)}
+        return held if self._http is None else {**held, "http": self._http.connections}
+
+    @property
+    def certificate_expiry(self) -> float | None:
+        """Unix time at which the certificate in use expires; None without TLS."""
+        certificates = self._access.certificates
+        return None if certificates is None else certificates.not_after
+
+    async def retire(self, timeout_s: float) -> None:
+        """Say NOT_SERVING, take no new connections, and answer on until those that are there have
+        made way (`max_connection_age_s`), at most `timeout_s`."""
+        self._health.close()
+        listener.stop_listening(self._port)
+        if self._http is not None:
+            self._http.retire()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while listener.connections(self._port) or (  # noqa: ASYNC110 (no event tells)
+                    self._http is not None and self._http.connections
+                ):
+                    await asyncio.sleep(_LOOK_SECONDS)
+
     async def stop(self, drain_timeout_s: float) -> None:
         """Say NOT_SERVING, take nothing new, give running calls `drain_timeout_s`, end the rest."""
         self._health.close()
         try:
-            await self._calls.drain(drain_timeout_s)
+            drains = [self._calls.drain(drain_timeout_s)]
+            if self._http is not None:
+                drains.append(self._http.drain(drain_timeout_s))
+            await asyncio.gather(*drains)
         finally:
+            if self._http is not None:
+                await self._http.stop()
             # For health watchers, who are still being told.
             await self._server.stop(grace=_LAST_WORDS_SECONDS)
             for served in self._models.all:

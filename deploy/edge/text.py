@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
+from cluster.constraints import ConstraintChecker
 from cluster.errors import InvalidRequest, Overloaded, Violation
-from cluster.request import ModelInfo
-from cluster.text import TextCodec
+from cluster.request import ModelInfo, Request
+from cluster.text import TextCodec, TextDelta
 from cluster.validation import max_prompt_bytes
 from deploy.conversation import Conversation
 
@@ -39,6 +40,9 @@ class Texts:
         self._model = model
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
         self._room = threading.BoundedSemaphore(_MOST_WAITING)
+        self._constraints = (
+            None if tokenizer is None else ConstraintChecker(tokenizer, model.eos_token_ids)
+        )
         self._most_bytes = 0 if tokenizer is None else max_prompt_bytes(tokenizer, model)
 
     @property
@@ -66,7 +70,7 @@ class Texts:
             tokenizer.render_chat,
             messages,
             tools=conversation.tools or None,
-            add_generation_prompt=not conversation.continues,
+            add_generation_prompt=conversation.begins_answer and not conversation.continues,
             continue_final_message=conversation.continues,
             template_arguments=conversation.template_arguments,
         )
@@ -94,6 +98,12 @@ class Texts:
             )
         return await self._run(len(ids), lambda: tokenizer.decode(ids, skip_special_tokens))
 
+    async def check(self, request: Request) -> None:
+        """Raise `InvalidRequest` if the request has a constraint that cannot be held to."""
+        checker = self._constraints
+        if request.constraint is not None and checker is not None:
+            await self._offload(lambda: checker.check(request), "constraints")
+
     async def build(self, tokens: int, work: Callable[[], T]) -> T:
         """What `work` makes, which spells out that many tokens. Never refused for want of room:
         only a running request builds answers, and of those there is a limit."""
@@ -106,6 +116,8 @@ class Texts:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._constraints is not None:
+            self._constraints.close()
 
     def _require(self, field: str, remedy: str) -> TextCodec:
         if self.codec is None:
@@ -125,16 +137,22 @@ class Texts:
         return size
 
     async def _run(self, size: int, work: Callable[[], T]) -> T:
-        if size <= _INLINE_BYTES:
-            return work()
+        return work() if size <= _INLINE_BYTES else await self._offload(work, "long texts")
+
+    async def _offload(self, work: Callable[[], T], what: str) -> T:
+        """`what` it is, for the error where there is too much of it."""
         if not self._room.acquire(blocking=False):
-            raise Overloaded(
-                f"{_MOST_WAITING} long texts are waiting for the tokenizer: try again later", 1.0
-            )
+            raise Overloaded(f"{_MOST_WAITING} {what} are waiting already: try again later", 1.0)
         job = self._threads.submit(work)
         # The thread's own end, not the caller's: after a cancellation the thread is still at work.
         job.add_done_callback(lambda _: self._room.release())
         return await asyncio.wrap_future(job)
+
+
+def spelled_tokens(delta: TextDelta) -> int:
+    """How many tokens its log probabilities name, each with its text."""
+    entries = (*delta.logprobs, *(delta.prompt_logprobs or ()))
+    return sum(1 + (0 if entry is None else len(entry.top_tokens)) for entry in entries)
 
 
 def _text_bytes(value: object) -> int:

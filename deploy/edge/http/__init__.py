@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP API, beside gRPC on the edge's event loop."""

@@ -1,0 +1,48 @@
+"""The ASGI application: every endpoint, inside the boundary."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from deploy.edge.http.boundary import Boundary
+from deploy.edge.http.chat import chats
+from deploy.edge.http.completions import completions
+from deploy.edge.http.errors import respond
+from deploy.edge.http.openapi import describe
+from deploy.edge.http.operations import Exposition, operations
+from deploy.edge.http.service import Service
+from deploy.edge.http.tokens import tokens
+from deploy.edge.security import Access
+from deploy.version import version
+from shards.errors import HeadwiseError
+
+
+def build_app(
+    service: Service,
+    *,
+    access: Access,
+    exposition: Exposition | None,
+    max_body_bytes: int,
+) -> ASGIApp:
+    """`access` says who may call; `exposition` is what GET /metrics answers."""
+    app = FastAPI(
+        title="headwise",
+        version=version(),
+        summary="OpenAI-compatible HTTP API of a headwise cluster.",
+        redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    for router in (
+        completions(service),
+        chats(service),
+        tokens(service),
+        operations(service, exposition),
+    ):
+        app.include_router(router)
+    for kind in (RequestValidationError, HTTPException, HeadwiseError, Exception):
+        app.add_exception_handler(kind, respond)
+    describe(app)
+    return Boundary(app, access=access, exchanges=service.exchanges, max_body_bytes=max_body_bytes)
