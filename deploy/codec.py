@@ -8,10 +8,10 @@ report together with its own.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -37,6 +37,8 @@ from headwise.v1 import control_pb2, inference_pb2
 from shards.contract import Logprobs
 
 TokenText = Callable[[int], str]
+
+_MAX_JSON_DEPTH = 64
 
 _FINISH = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
@@ -64,11 +66,11 @@ def sampling_params(
 ) -> SamplingParams:
     """How tokens are drawn; log probabilities live with the output options on the wire."""
     given: dict[str, Any] = {
-        name: _shortest(getattr(sampling, name)) for name in _FLOATS if sampling.HasField(name)
+        name: shortest(getattr(sampling, name)) for name in _FLOATS if sampling.HasField(name)
     }
     given |= _present(sampling, ("top_k", "seed"))
     given |= _present(output, ("logprobs", "prompt_logprobs"))
-    bias = {token: _shortest(value) for token, value in sampling.logit_bias.items()}
+    bias = {token: shortest(value) for token, value in sampling.logit_bias.items()}
     return SamplingParams(**given, logit_bias=bias)
 
 
@@ -102,7 +104,7 @@ def beam_params(message: inference_pb2.GenerateRequest) -> BeamParams | None:
     beams = message.beam_search
     given: dict[str, Any] = _present(beams, ("early_stopping",))
     if beams.HasField("length_penalty"):
-        given["length_penalty"] = _shortest(beams.length_penalty)
+        given["length_penalty"] = shortest(beams.length_penalty)
     return BeamParams(beams.width, **given)
 
 
@@ -135,12 +137,16 @@ def conversation(
 
     def parsed(text: str, field: str) -> Any:
         try:
-            value = json.loads(text or "{}")
-        except ValueError as error:
+            value = msgspec.json.decode(text or "{}")
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             faults.append(Violation(field, f"{text[:64]!r} is not JSON ({error}): mend it"))
             return {}
         if not isinstance(value, dict):
             faults.append(Violation(field, f"{text[:64]!r} is not a JSON object: give one"))
+        elif _is_deep(value):
+            faults.append(
+                Violation(field, f"it is nested deeper than {_MAX_JSON_DEPTH}: make it flatter")
+            )
         return value
 
     messages = tuple(
@@ -158,12 +164,17 @@ def conversation(
         }
         for position, tool in enumerate(message.tools)
     )
+    arguments: dict[str, Any] = {}
+    try:
+        arguments = json_format.MessageToDict(message.template_arguments)
+    except (json_format.Error, ValueError) as error:
+        faults.append(Violation("template_arguments", f"{error}: JSON has no such value"))
     if faults:
         raise InvalidRequest(*faults)
     return Conversation(
         messages,
         tools,
-        json_format.MessageToDict(message.template_arguments),
+        arguments,
         continues=message.turn == inference_pb2.TURN_CONTINUE,
     )
 
@@ -355,6 +366,21 @@ def timestamp(unix_seconds: float) -> Timestamp:
     return Timestamp(seconds=whole, nanos=micros * 1000)
 
 
+def _is_deep(value: object) -> bool:
+    """Too deep for what walks it later on, each level a call of its own."""
+    level: list[object] = [value]
+    for _ in range(_MAX_JSON_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return any(isinstance(value, dict | list) for value in level)
+
+
 def _range(bounds: tuple[int, int]) -> control_pb2.Range:
     return control_pb2.Range(start=bounds[0], stop=bounds[1])
 
@@ -363,7 +389,7 @@ def _present(message: Any, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(message, name) for name in names if message.HasField(name)}
 
 
-def _shortest(value: float) -> float:
+def shortest(value: float) -> float:
     """The decimal that the client wrote: the wire's float32 0.7 arrives as 0.699999988..., which
     would sample differently from the same call made in Python."""
     return float(str(np.float32(value)))

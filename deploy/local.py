@@ -21,10 +21,11 @@ import psutil
 
 from cluster.errors import StartupError
 from cluster.ray_environment import LOCAL_RAY
-from deploy import start_report, telemetry
+from deploy import start_report
 from deploy.args import END, AppArgs, LocalRun
 from deploy.signals import StopSignals
 from deploy.start_report import Failed, Progress, Ready, StartReport
+from deploy.telemetry.logs import LOG_FILE
 from shards.errors import HeadwiseError
 
 _POLL_SECONDS = 0.1
@@ -55,7 +56,7 @@ class LocalApplication:
         self._words = self._directory / "words"
         environment = os.environ | LOCAL_RAY
         environment[start_report.VARIABLE] = str(self._report.path)
-        environment[telemetry.LOG_FILE] = str(self._log)
+        environment[LOG_FILE] = str(self._log)
         with self._words.open("w") as words:
             self._child = subprocess.Popen(
                 [sys.executable, "-c", _CHILD],

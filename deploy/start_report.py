@@ -8,6 +8,7 @@ object per line. Where the variable is not set, on a cluster, nothing is written
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, TypeAdapter
 
 from cluster.request import ModelInfo, RankInfo
+from shards.errors import HeadwiseError
 
 VARIABLE = "HEADWISE_START_REPORT"
 
@@ -38,10 +40,11 @@ class Failed(BaseModel):
 
 class Ready(BaseModel):
     """Where a replica listens, and what it serves with which ranks; `kv_tokens` is how many tokens
-    its KV cache holds."""
+    its KV cache holds. `http` is a URL, empty where there is no HTTP."""
 
     event: Literal["ready"] = "ready"
     grpc: str
+    http: str = ""
     model: ModelInfo
     ranks: tuple[RankInfo, ...]
     kv_tokens: int
@@ -49,6 +52,13 @@ class Ready(BaseModel):
 
 Event = Progress | Failed | Ready
 _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
+
+
+def failure(error: Exception) -> Failed:
+    """What a user is told of an error: its sentence, and a trace where it was not expected."""
+    if isinstance(error, HeadwiseError):
+        return Failed(message=str(error))
+    return Failed(message=f"{type(error).__name__}: {error}", trace=traceback.format_exc())
 
 
 def report(event: Event) -> None:

@@ -27,6 +27,9 @@ def serve(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Folder, GGUF file or hub id. [required]")
     ] = None,
+    served_name: Annotated[
+        str | None, typer.Option(help="What requests call the model, instead of its own name.")
+    ] = None,
     tensor_parallel: Annotated[
         int | None,
         typer.Option(
@@ -79,19 +82,51 @@ def serve(
     step_timeout_s: Annotated[float | None, typer.Option()] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="0 takes any free one.")] = None,
+    http_port: Annotated[
+        int | None, typer.Option(help="Of the OpenAI API; 0 takes any free one.")
+    ] = None,
+    http: Annotated[
+        bool | None, typer.Option("--http/--no-http", help="Whether there is an OpenAI API.")
+    ] = None,
     tls_certificate: Annotated[str | None, typer.Option(help="PEM file.")] = None,
     tls_key: Annotated[str | None, typer.Option(help="PEM file.")] = None,
     tls_client_ca: Annotated[
         str | None, typer.Option(help="PEM file; clients must show a certificate of it.")
     ] = None,
+    tls_client_names: Annotated[
+        str | None, typer.Option(help="Of client certificates that may call, such as a,b.")
+    ] = None,
     token_file: Annotated[
-        str | None, typer.Option(help="Bearer tokens, one per line; calls must carry one.")
+        str | None,
+        typer.Option(help="Bearer tokens, one per line, NAME:TOKEN; calls must carry one."),
+    ] = None,
+    limits_file: Annotated[
+        str | None, typer.Option(help="YAML: how much each caller may ask for.")
     ] = None,
     max_message_bytes: Annotated[int | None, typer.Option()] = None,
+    max_connections: Annotated[int | None, typer.Option()] = None,
+    max_streams_per_connection: Annotated[int | None, typer.Option()] = None,
+    max_concurrent_calls: Annotated[int | None, typer.Option()] = None,
+    max_connection_age_s: Annotated[
+        float | None, typer.Option(help="When clients are asked to connect anew.")
+    ] = None,
+    max_connection_age_grace_s: Annotated[
+        float | None, typer.Option(help="How long calls may go on after that.")
+    ] = None,
     drain_timeout_s: Annotated[
         float | None, typer.Option(help="How long running calls may go on after a signal.")
     ] = None,
+    trace: Annotated[
+        bool | None,
+        typer.Option("--trace/--no-trace", help="Send OpenTelemetry spans, as OTEL_* say where."),
+    ] = None,
+    trace_steps: Annotated[
+        int | None, typer.Option(help="One step in so many gets a span; 0 for none.")
+    ] = None,
     log_format: Annotated[Literal["text", "json"] | None, typer.Option()] = None,
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR"] | None, typer.Option()
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="YAML or JSON with these options' names; options win over it."),
@@ -133,9 +168,10 @@ def read_args(config: Path | None, given: dict[str, Any]) -> AppArgs:
     except ValidationError as error:
         faults = "; ".join(_fault(fault) for fault in error.errors(include_url=False))
         raise BadConfig(f"bad configuration: {faults}") from error
-    if args.replicas != 1:
+    if args.replicas != 1 or args.autoscaling is not None:
+        asked = "autoscaling" if args.autoscaling is not None else f"replicas={args.replicas}"
         raise BadConfig(
-            f"replicas={args.replicas}: `headwise serve` runs one copy of the model; deploy "
+            f"{asked}: `headwise serve` runs one copy of the model; deploy "
             "deploy.app:build on a Ray cluster for more"
         )
     return args
@@ -178,7 +214,8 @@ def _as_text(ready: Ready) -> str:
         f"(KV {rank.kv_heads[0]}-{rank.kv_heads[1] - 1})"
         for rank in ready.ranks
     )
+    http = f" and {ready.http} (OpenAI)" if ready.http else ""
     return (
-        f"ready: {ready.model.name} at {ready.grpc} (gRPC); {ranks}; "
+        f"ready: {ready.model.name} at {ready.grpc} (gRPC){http}; {ranks}; "
         f"KV cache for {ready.kv_tokens:,} tokens"
     )

@@ -77,6 +77,7 @@ def start(model: Path, *options: str) -> Server:
     folder = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))
     process = headwise(
         *("serve", "--model", model, "-n", "2", "--grpc-port", "0", "--kv-memory", "1MB"),
+        *("--http-port", "0"),
         *("--json", *options),
         TMPDIR=str(folder),
     )
@@ -261,7 +262,9 @@ def test_a_signal_ends_the_server_and_leaves_nothing(model: Path, number: signal
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_the_start_leaves_nothing(model: Path, number: signal.Signals) -> None:
     folder = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))
-    process = headwise("serve", "--model", model, "--grpc-port", "0", TMPDIR=str(folder))
+    process = headwise(
+        "serve", "--model", model, "--grpc-port", "0", "--http-port", "0", TMPDIR=str(folder)
+    )
     until(lambda: bool(list(folder.iterdir())), "its directory is there")
     process.send_signal(number)
     out, err = process.communicate(timeout=END_SECONDS)

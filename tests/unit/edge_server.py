@@ -51,7 +51,7 @@ async def running_edge(
     generator = generator or FakeGenerator()
     texts = Texts(codec, generator.model)  # type: ignore[arg-type]
     served = Served(generator, texts, FACTS)
-    edge = Edge(Models(served), ServerConfig(**{"grpc_port": 0, **config}))
+    edge = Edge(Models(served), ServerConfig(**{"grpc_port": 0, "http": False, **config}))
     await edge.start()
     if credentials is None:
         channel = grpc.aio.insecure_channel(edge.address)

@@ -15,6 +15,7 @@ from cluster.request import (
     HealthState,
     Load,
     ModelInfo,
+    RankCounters,
     RankHealth,
     RankInfo,
     Request,
@@ -22,7 +23,7 @@ from cluster.request import (
     TokenEvent,
     Usage,
 )
-from shards.contract import Logprobs
+from shards.contract import Logprobs, PhaseSeconds
 
 BOS, EOS = 256, 257
 VOCABULARY = 258
@@ -55,6 +56,8 @@ class FakeCodec:
 
     eos_token_ids = (EOS,)
     longest_token_bytes = 4
+    supports_tools = True
+    size = VOCABULARY
 
     def __init__(self, has_chat_template: bool = True) -> None:
         self.has_chat_template = has_chat_template
@@ -82,7 +85,9 @@ class FakeCodec:
         template_arguments: Mapping[str, Any] | None = None,
     ) -> list[int]:
         text = "".join(f"{tool['function']['name']}()\n" for tool in tools or ())
-        text += "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        text += "".join(
+            f"{message['role']}: {message.get('content') or ''}\n" for message in messages
+        )
         if continue_final_message:
             text = text.removesuffix("\n")
         return self.encode(text + ("assistant: " if add_generation_prompt else ""))
@@ -109,6 +114,10 @@ class FakeGenerator:
         self.live: dict[str, FakeStream] = {}
         self.closed: list[str] = []
         self.refusal: Exception | None = None
+        self.counters = tuple(
+            RankCounters(info.rank, 7, PhaseSeconds(0.5, 1.0, 2.0, 0.25, 0.125, 0.0625, 4.0), 9000)
+            for info in RANKS
+        )
         self.events = 0
         self._answer = answer
         self._health = Health(HealthState.READY, "", 1_700_000_000.25, 1, ())
@@ -138,6 +147,9 @@ class FakeGenerator:
 
     def load(self) -> Load:
         return Load(len(self.live), 0, 64, 3, 16, 7, 1, self.events, 200, 48)
+
+    async def rank_counters(self) -> tuple[RankCounters, ...]:
+        return self.counters
 
     def health(self) -> Health:
         ranks = tuple(
@@ -251,10 +263,12 @@ class FakeStream:
             (token,) if not hit or stopping.include_stop else (),
             logprobs=self._logprobs(token) if not hit or stopping.include_stop else (),
             prompt_logprobs=self._prompt_logprobs() if first and index == 0 else None,
+            queued=0.25 if first else None,
         )
         if hit:
             return self._end(replace(event, stop_token=token), FinishReason.STOP)
-        if self._counts[index] == stopping.max_tokens:
+        length = len(request.prompt) + self._counts[index]
+        if self._counts[index] == stopping.max_tokens or length == self._generator.model.context:
             return self._end(event, FinishReason.LENGTH)
         return event
 

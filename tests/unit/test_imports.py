@@ -46,7 +46,14 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "shards.timing",
     ),
 )
-RAY_OWNERS = {"deploy.app", "cluster.shard_group", "shards.actor"}
+RAY_OWNERS = {
+    "deploy.app",
+    "deploy.replica",
+    "deploy.fleet.ray_directory",
+    "deploy.telemetry.ray_mirror",
+    "cluster.shard_group",
+    "shards.actor",
+}
 HEAVY = {"torch", "ray", "transformers"}
 LIGHT = (
     "shards.contract",
