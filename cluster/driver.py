@@ -160,7 +160,7 @@ class Driver:
             loop.begin(job)
         return stream
 
-    def abort(self, request_id: str) -> bool:
+    async def abort(self, request_id: str) -> bool:
         with self._admission:
             if self._loop is None or request_id not in self._samples:
                 return False

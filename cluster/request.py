@@ -272,7 +272,7 @@ class Generator(Protocol):
         context or the KV cache, a duplicate id), `Overloaded` or `Unavailable`. Never blocks."""
         ...
 
-    def abort(self, request_id: str) -> bool:
+    async def abort(self, request_id: str) -> bool:
         """End a request; its stream finishes with ABORTED. False if it is not known."""
         ...
 

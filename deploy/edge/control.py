@@ -70,5 +70,4 @@ class ControlService(control_pb2_grpc.ControlServicer):
     ) -> control_pb2.AbortResponse:
         if not request.request_id:
             raise InvalidRequest(Violation("request_id", "empty: name the request to end"))
-        found = [served.generator.abort(request.request_id) for served in self._models.all]
-        return control_pb2.AbortResponse(found=any(found))
+        return control_pb2.AbortResponse(found=await self._models.abort(request.request_id))

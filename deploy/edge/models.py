@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -71,3 +72,8 @@ class Models:
         if len(self._served) > 1:
             raise InvalidRequest(Violation("model", f"empty: name one of {names}"))
         return next(iter(self._served.values()))
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request, whichever model has it; False if none has."""
+        asked = [served.generator.abort(request_id) for served in self.all]
+        return any(await asyncio.gather(*asked))

@@ -20,6 +20,7 @@ from cluster.text import TextCodec
 from deploy.edge.models import ServerFacts
 from deploy.fleet.messages import (
     Abort,
+    Aborted,
     Challenge,
     Close,
     Ended,
@@ -101,8 +102,8 @@ class LinkServer:
             raise Unavailable("the replica is retiring: another one answers")
         return self._generator.submit(request.received())
 
-    def abort(self, request_id: str) -> None:
-        self._generator.abort(request_id)
+    async def abort(self, request_id: str) -> bool:
+        return await self._generator.abort(request_id)
 
     def status(self) -> Status:
         return Status(self._generator.load(), self._generator.health(), self._retiring)
@@ -168,6 +169,9 @@ class _Link:
                 if isinstance(message, Routed):
                     self.routed = True
                     await self._server.note_routed()
+                elif isinstance(message, Abort):
+                    found = await self._server.abort(message.request_id)
+                    self._wire.send(Aborted(message.number, found))
                 else:
                     self._take(message)
         finally:
@@ -194,8 +198,6 @@ class _Link:
                 self._streams[number].finish_sample(index)
             case Close(stream=number) if number in self._streams:
                 self._streams.pop(number).close()
-            case Abort(request_id=request_id):
-                self._server.abort(request_id)
             case _:
                 pass  # of a stream that has meanwhile ended
 

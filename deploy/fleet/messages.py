@@ -110,10 +110,20 @@ class Close(msgspec.Struct, frozen=True, array_like=True, tag="close"):
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
+    """End a request, whoever submitted it; `number` is the question's."""
+
+    number: int
     request_id: str
 
 
-FromDriver = Challenge | Introduction | Status | Events
+class Aborted(msgspec.Struct, frozen=True, array_like=True, tag="aborted"):
+    """Whether there was such a request."""
+
+    number: int
+    found: bool
+
+
+FromDriver = Challenge | Introduction | Status | Events | Aborted
 FromEdge = Response | Routed | Submit | FinishSample | Close | Abort
 
 _FAULTS = {error.__name__: error for error in (Unavailable, NoToken)}

@@ -17,6 +17,7 @@ from deploy.fleet.directory import Entry
 from deploy.fleet.link_server import SILENCE_SECONDS
 from deploy.fleet.messages import (
     Abort,
+    Aborted,
     Challenge,
     Close,
     Events,
@@ -52,7 +53,7 @@ class RemoteGenerator:
         self._status = status
         self._numbers = itertools.count()
         self._streams: dict[int, EventStream] = {}
-        self._requests: dict[int, str] = {}
+        self._aborts: dict[int, asyncio.Future[bool]] = {}
 
     @classmethod
     async def connect(cls, entry: Entry) -> RemoteGenerator:
@@ -131,14 +132,19 @@ class RemoteGenerator:
             close=lambda: self._close(number),
         )
         self._streams[number] = stream
-        self._requests[number] = request.id
         self._send(Submit.of(number, request))
         return stream
 
-    def abort(self, request_id: str) -> bool:
-        """Whoever submitted it; True if this edge did."""
-        self._send(Abort(request_id))
-        return request_id in self._requests.values()
+    async def abort(self, request_id: str) -> bool:
+        if self.broken:
+            return False
+        number = next(self._numbers)
+        answer = self._aborts[number] = asyncio.get_running_loop().create_future()
+        self._send(Abort(number, request_id))
+        try:
+            return await answer
+        finally:
+            del self._aborts[number]
 
     def load(self) -> Load:
         return self._status.load
@@ -155,6 +161,9 @@ class RemoteGenerator:
                 for end in ended:
                     if (stream := self._forget(end.stream)) is not None:
                         stream.end(None if end.fault is None else error_of(end.fault))
+            case Aborted(number=number, found=found):
+                if (answer := self._aborts.get(number)) is not None and not answer.done():
+                    answer.set_result(found)
             case Status():
                 self._status = message
             case _:
@@ -169,7 +178,6 @@ class RemoteGenerator:
             self._send(Close(number))
 
     def _forget(self, number: int) -> EventStream | None:
-        self._requests.pop(number, None)
         return self._streams.pop(number, None)
 
     def _break(self, cause: str) -> None:
@@ -180,3 +188,6 @@ class RemoteGenerator:
         for number in tuple(self._streams):
             if (stream := self._forget(number)) is not None:
                 stream.end(Unavailable(cause))
+        for answer in self._aborts.values():
+            if not answer.done():
+                answer.set_result(False)

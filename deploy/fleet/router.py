@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -91,10 +92,10 @@ class Router:
     def submit(self, request: Request) -> RoutedStream:
         return RoutedStream(request, self._attempt)
 
-    def abort(self, request_id: str) -> bool:
+    async def abort(self, request_id: str) -> bool:
         # Every one is asked: who submitted it may have been another edge.
-        found = [member.generator.abort(request_id) for member in self.members]
-        return any(found)
+        asked = [member.generator.abort(request_id) for member in self.members]
+        return any(await asyncio.gather(*asked))
 
     def load(self) -> Load:
         loads = [member.generator.load() for member in self.members]

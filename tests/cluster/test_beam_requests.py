@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -78,7 +79,7 @@ def test_usage_tells_of_the_hypothesis_and_the_prompt_they_share(driver: Driver)
 def test_an_aborted_search_tells_so_for_each_hypothesis(driver: Driver) -> None:
     stream = driver.submit(LONG)
     settle(driver)
-    assert driver.abort("long")
+    assert asyncio.run(driver.abort("long"))
     events = list(stream)
     assert [event.finish for event in events] == [FinishReason.ABORTED] * 2
     assert [event.tokens for event in events] == [(), ()]

@@ -177,12 +177,12 @@ def test_abort_and_close_free_the_cache(driver: Driver) -> None:
     closed = driver.submit(request("closed", [2], 200))
     iterator = iter(aborted)
     next(iterator)
-    assert driver.abort("aborted")
+    assert asyncio.run(driver.abort("aborted"))
     assert [e.finish for e in iterator if e.finish] == [FinishReason.ABORTED]
     closed.close()
     idle(driver)
     assert driver.load().kv_blocks_used == 0
-    assert not driver.abort("aborted")
+    assert not asyncio.run(driver.abort("aborted"))
 
 
 def test_deadline_ends_a_request(driver: Driver) -> None:

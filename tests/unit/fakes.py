@@ -137,7 +137,7 @@ class FakeGenerator:
         self._notify()
         return stream
 
-    def abort(self, request_id: str) -> bool:
+    async def abort(self, request_id: str) -> bool:
         stream = self.live.get(request_id)
         if stream is None:
             return False

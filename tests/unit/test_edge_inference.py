@@ -316,7 +316,7 @@ async def test_abort_ends_the_stream_with_its_reason(edge: RunningEdge) -> None:
         pb.GenerateRequest(request_id="r1", text="hi", stopping=at_most(9))
     )
     await edge.generator.until(lambda: "r1" in edge.generator.live)
-    edge.generator.abort("r1")
+    await edge.generator.abort("r1")
     messages = [message async for message in call]
 
     assert messages[-1].finish.reason == pb.FINISH_REASON_ABORTED

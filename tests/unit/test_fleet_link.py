@@ -83,9 +83,18 @@ async def test_abort_reaches_the_driver() -> None:
         stream = link.remote.submit(request())
         await link.generator.until(lambda: "r" in link.generator.live)
 
-        assert link.remote.abort("r")
+        assert await link.remote.abort("r")
         assert [event async for event in stream][-1].finish is FinishReason.ABORTED
-        assert not link.remote.abort("r")
+        assert not await link.remote.abort("r")
+
+
+async def test_abort_tells_of_what_another_edge_submitted() -> None:
+    async with linked() as link:
+        link.generator.pause()
+        stream = link.generator.submit(request())
+
+        assert await link.remote.abort("r")
+        assert [event async for event in stream][-1].finish is FinishReason.ABORTED
 
 
 async def test_finish_sample_ends_one_of_several() -> None:

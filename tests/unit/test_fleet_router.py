@@ -189,13 +189,13 @@ async def test_a_closed_stream_lets_go_and_no_longer_counts() -> None:
     assert router.members[0].streams == 0
 
 
-def test_abort_finds_the_owner() -> None:
+async def test_abort_finds_the_owner() -> None:
     router, generators = routed("a", "b")
     for generator in generators.values():
         generator.pause()
     router.submit(request())
-    assert router.abort("r")
-    assert not router.abort("another")
+    assert await router.abort("r")
+    assert not await router.abort("another")
 
 
 def test_the_whole_is_as_well_as_its_healthiest_replica() -> None:

@@ -171,7 +171,7 @@ async def test_a_request_that_an_operator_ends(api: RunningApi) -> None:
     call = asyncio.create_task(api.post(COMPLETIONS, prompt="x"))
     await api.generator.until(lambda: bool(api.generator.live))
     (request_id,) = api.generator.live
-    api.generator.abort(request_id)
+    await api.generator.abort(request_id)
     response = await call
     assert response.status_code == 499
     assert "operator" in response.json()["error"]["message"]

@@ -166,7 +166,7 @@ async def test_a_request_that_an_operator_ends(generator: FakeGenerator, scrape:
     generator.pause()
     running = asyncio.create_task(answer(generator, [scrape.metrics.requests], request("a")))
     await generator.until(lambda: "a" in generator.live)
-    generator.abort("a")
+    await generator.abort("a")
     assert (await running)[-1].finish is FinishReason.ABORTED
 
     assert scrape.errors("CANCELLED") == 1

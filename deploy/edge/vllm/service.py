@@ -59,8 +59,7 @@ class VllmService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         for request_id in request.request_ids:
-            for served in self._models.all:
-                served.generator.abort(request_id)
+            await self._models.abort(request_id)
         return pb.AbortResponse()
 
     async def HealthCheck(
