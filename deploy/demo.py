@@ -37,6 +37,7 @@ def demo(
             "model": str(model),
             "tensor_parallel": tensor_parallel,
             "grpc_port": 0,
+            "http": False,
             "kv_memory": "256MB",
         }
     )

@@ -20,7 +20,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from shards.errors import HeadwiseError
 
 # A state of the lexer takes up to 2 KiB: 40 MiB for a text at the very most. The other limits are
-# llguidance's own: a mask takes at most some 20 ms before its text is given up.
+# llguidance's own: a mask took 60 ms at worst in what was tried before its text was given up.
 _LIMITS = LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
 _MOST_REASON = 400
 
