@@ -21,7 +21,7 @@ from tests.models import quantised_blocks, tiny_model, write_gguf
 
 ROWS, COLUMNS = 24, 768
 # Those that GGUF has.
-DTYPES = [dtype for dtype in BLOCKS if dtype != "U8"]
+DTYPES = [dtype for dtype in BLOCKS if dtype in gguf.GGMLQuantizationType.__members__]
 
 
 def encoded(dtype: str) -> npt.NDArray[np.uint8]:
