@@ -240,18 +240,21 @@ class EngineLoop:
     def _tell_of_step(self, result: StepResult) -> None:
         sent_ns, plan = self._sampled.pop(result.step, (0, None))
         if plan is not None and self._on_step is not None:
-            tokens = sum(work.count for work in plan.work)
-            self._on_step(
-                StepSample(
-                    step=result.step,
-                    epoch=result.epoch,
-                    sent_ns=sent_ns,
-                    received_ns=time.time_ns(),
-                    sequences=len(plan.work),
-                    tokens=tokens,
-                    seconds=result.seconds,
-                )
+            sample = StepSample(
+                step=result.step,
+                epoch=result.epoch,
+                sent_ns=sent_ns,
+                received_ns=time.time_ns(),
+                sequences=len(plan.work),
+                tokens=sum(work.count for work in plan.work),
+                seconds=result.seconds,
             )
+            try:
+                self._on_step(sample)
+            except Exception:
+                # Who watches must not end what is watched.
+                log.exception("steps are not sampled any more")
+                self._on_step = None
 
     def _give_up(self, job: Job, sampled: Sampled) -> None:
         """End a job that no token can be picked for; the others of the step go on."""

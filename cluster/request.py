@@ -170,6 +170,11 @@ class HealthState(enum.StrEnum):
     DEGRADED = "degraded"
     NOT_READY = "not_ready"
 
+    @property
+    def computes(self) -> bool:
+        """Requests are served."""
+        return self in (HealthState.READY, HealthState.DEGRADED)
+
 
 @dataclass(frozen=True, slots=True)
 class RankHealth:

@@ -30,6 +30,11 @@ def check(cluster: ClusterConfig, server: ServerConfig) -> None:
     Access(server)
     if server.limits_file is not None:
         read_limits(server.limits_file)
+    if server.trace:
+        # As the replica will, which would otherwise say so only when its ranks hold their weights.
+        from deploy.telemetry.otel import provider_from_environment
+
+        provider_from_environment().shutdown()
     _check_cache(draw_up(cluster))
     if cluster.tokenizer is not None:
         _check_tokenizer(cluster.tokenizer, cluster.revision)

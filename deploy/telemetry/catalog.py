@@ -243,6 +243,14 @@ ERRORS = Metric(
     (*_API, "code"),
     "Requests that a model refused or that failed, by gRPC status code, whichever the API.",
 )
+CALLS = Metric(
+    "headwise_calls",
+    "counter",
+    ("api", "method", "code"),
+    "Calls by the status that they ended with, gRPC's name or HTTP's number, also those that reach "
+    "no model: bad ones, strangers'. `method` is `other` where it is not served; gRPC's health is "
+    "not counted.",
+)
 STREAMS = Metric("headwise_streams_open", "gauge", _API, "Requests whose answer is being read.")
 CONNECTIONS = Metric("headwise_connections", "gauge", ("api",), "Connections that clients hold.")
 RETRY_HINTS = Metric(

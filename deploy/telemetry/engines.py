@@ -8,15 +8,13 @@ from typing import Protocol
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from cluster.request import Generator, HealthState, RankCounters
+from cluster.request import Generator, RankCounters
 from deploy.telemetry import catalog
 from deploy.telemetry.catalog import ENGINE, Metric
 from shards.timing import PHASES
 
 # Series that the experts of one model may take: an exposition grows with every one of them.
 MOST_EXPERT_SERIES = 1024
-
-_UP = (HealthState.READY, HealthState.DEGRADED)
 
 
 class Engine(Generator, Protocol):
@@ -110,11 +108,11 @@ def _add_load(families: _Families, engine: Engine) -> None:
 
 def _add_health(families: _Families, engine: Engine) -> None:
     health, name = engine.health(), engine.model.name
-    families.add(catalog.READY, health.state in _UP, name)
+    families.add(catalog.READY, health.state.computes, name)
     families.add(catalog.EPOCH, health.epoch, name)
     for rank in health.ranks:
         number = str(rank.rank)
-        families.add(catalog.RANK_UP, rank.state in _UP, name, number)
+        families.add(catalog.RANK_UP, rank.state.computes, name, number)
         families.add(
             catalog.RANK_INFO, 1, name, number, rank.host, str(rank.pid), rank.state, rank.cause
         )

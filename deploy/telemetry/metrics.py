@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from deploy.telemetry import catalog
 from deploy.telemetry.engines import Engine, EngineMetrics
-from deploy.telemetry.requests import RequestMetrics
+from deploy.telemetry.requests import RequestMetrics, counter
 from deploy.version import version
 
 
@@ -34,10 +34,15 @@ class Metrics:
     ) -> None:
         self.registry = CollectorRegistry()
         self.requests = RequestMetrics(self.registry)
+        self._calls = counter(catalog.CALLS, self.registry)
         self._engines = EngineMetrics(engines)
         self.registry.register(self._engines)
         self.registry.register(_Edge(connections, certificate_expiry))
         ProcessCollector(registry=self.registry)
+
+    def count_call(self, api: str, method: str, code: str) -> None:
+        """A `deploy.edge.answers.OnCall`."""
+        self._calls.labels(api, method, code).inc()
 
     async def refresh(self) -> None:
         """Have what the ranks count read, which is as old as the last refresh."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
+import structlog
 from prometheus_client import CollectorRegistry
 from prometheus_client.samples import Sample
 from ray.util.metrics import Gauge
 
 from deploy.telemetry.metrics import Metrics
+
+log = structlog.get_logger(__name__)
 
 _PERIOD_S = 10.0
 
@@ -54,9 +57,12 @@ class RayMirror:
 
 
 async def mirror(metrics: Metrics) -> None:
-    """Copy now and then, until cancelled."""
+    """Copy now and then, until cancelled; a round that fails is logged, and the next one tried."""
     copies = RayMirror(metrics.registry)
     while True:
-        await metrics.refresh()
-        copies.copy()
+        try:
+            await metrics.refresh()
+            copies.copy()
+        except Exception:
+            log.exception("metrics could not be copied to Ray")
         await asyncio.sleep(_PERIOD_S)

@@ -10,7 +10,8 @@ import pytest
 from cluster.blueprint import draw_up
 from cluster.config import ClusterConfig
 from cluster.driver import Driver
-from cluster.request import Request, SamplingParams, Stopping
+from cluster.engine_loop import StepSample
+from cluster.request import HealthState, Request, SamplingParams, Stopping
 from deploy.telemetry.metrics import Metrics
 from tests.models import save, tiny_model
 from tests.ranks import ThreadLauncher
@@ -89,3 +90,17 @@ def test_one_step_in_so_many_is_told_of(driver: Driver) -> None:
     assert {sample.tokens for sample in samples} == {1}
     assert all(sample.sent_ns < sample.received_ns for sample in samples)
     assert all(sample.seconds.total > 0 for sample in samples)
+
+
+def test_a_watcher_that_fails_is_not_asked_again(driver: Driver) -> None:
+    asked = []
+
+    def fail(sample: StepSample) -> None:
+        asked.append(sample.step)
+        raise RuntimeError("no room for spans")
+
+    driver.loop.sample_steps(1, fail)
+    run(driver, "watched", tuple(range(10)), 5)
+
+    assert len(asked) == 1
+    assert driver.health().state is HealthState.READY

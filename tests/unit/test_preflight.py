@@ -50,6 +50,16 @@ def test_a_folder_without_a_tokenizer(model: Path, tmp_path: Path) -> None:
         check(model, tokenizer=str(tmp_path))
 
 
+def test_traces_for_which_there_is_no_exporter(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "nowhere")
+    with pytest.raises(StartupError, match="no exporter 'nowhere'"):
+        preflight.check(
+            ClusterConfig(model=str(model)), ServerConfig(grpc_port=0, http_port=0, trace=True)
+        )
+
+
 @pytest.mark.parametrize(("there", "words"), [(0, "has 0: use device=cpu"), (1, "_parallel <= 1")])
 def test_more_ranks_than_gpus(
     model: Path, there: int, words: str, monkeypatch: pytest.MonkeyPatch
