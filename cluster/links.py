@@ -22,7 +22,7 @@ from shards.channel import Frames, pack, send_descriptor
 from shards.contract import FromRank, Hello, ToRank, decode_from_rank
 
 _CHUNK = 1 << 18
-_HELLO_TIMEOUT_S = 5.0
+_HELLO_TIMEOUT_S = 60.0
 _MOST_GREETING = 4096
 
 

@@ -73,8 +73,8 @@ def plan(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(
-            help="Of weights, KV cache and hidden states; auto is the checkpoint's own on GPUs, "
-            "float32 on cpu."
+            help="Of hidden states, KV cache and weights that are not quantised; auto is the "
+            "checkpoint's own."
         ),
     ] = "auto",
     quantization: Annotated[

@@ -24,6 +24,15 @@ widened as a rank reads its slice; GPT-OSS's MXFP4 likewise. Other methods, such
 bitsandbytes, are refused by name: give the unquantised folder and `--quantization`, or a GGUF file.
 GGUF files: F32, F16, BF16; Q8_0, Q6_K, Q4_K, Q4_1 and Q4_0 are used as they are; Q5_K, Q5_1, Q5_0
 and MXFP4 are widened. Layers that draft further tokens (multi-token prediction) are left alone.
+
+Where answers differ from `transformers` on purpose:
+
+- LongRoPE (Phi-3 with a long context): which of its two sets of factors is used follows from the
+  context that is served, not from the sequence, whose cached keys could not be rotated anew.
+- ALiBi in Falcon: `transformers` rounds slopes and positions to bfloat16, which makes neighbours
+  beyond position 256 equal; here they are exact.
+- bfloat16 and float16 checkpoints are computed in their own type, with float32 sums: tokens may
+  part where two are nearly as likely. `--dtype float32` computes as the parity tests do.
 """
 
 

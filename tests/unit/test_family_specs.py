@@ -150,11 +150,28 @@ def test_yarn_stretches_the_context() -> None:
     assert spec_of("qwen2", rope_scaling=yarn).context == 131072
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
 @pytest.mark.parametrize(
     ("model_type", "fields", "said"),
     [
         ("llama", {"rope_scaling": {"type": "ntk", "factor": 2.0}}, "'ntk': known rope .*linear"),
         ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.short_factor is None"),
+        ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps is 1000.*: a number above 0"),
+        ("llama", {"rope_scaling": YARN | {"factor": 1e300}}, "factor is 1e.300: of a trained"),
+        ("llama", {"rope_scaling": YARN | {"rope_theta": 1}}, "rope_theta is 1: YaRN"),
+        (
+            "deepseek_v2",
+            {"rope_scaling": YARN | {"mscale_all_dim": 1e308}},
+            "mscale_all_dim is inf",
+        ),
+        (
+            "llama",
+            {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
+            "low_freq_factor=4 and high_freq_factor=4: the latter must be the larger",
+        ),
         ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is None"),
         ("llama", {"rope_scaling": "linear"}, "rope_scaling is 'linear': an object"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -165,7 +165,8 @@ class Fields:
 def positive(name: str, value: Any) -> float:
     """`value` as a float above 0, or `UnsupportedModel` naming the field."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
+    # Compared, not converted: a whole number may be too large for a float.
+    if not number or not 0 < value <= sys.float_info.max:
         raise _refuse(name, value, "a number above 0 is needed")
     return float(value)
 

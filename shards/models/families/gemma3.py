@@ -45,16 +45,23 @@ _NAMES: dict[str, str | Source] = {
 def _rotaries(config: Mapping[str, Any], fields: Fields, head_dim: int) -> tuple[Rotary, Rotary]:
     """Of full and of windowed layers: as `rope_parameters` states for each (transformers 5), or
     from `rope_scaling` and `rope_theta`, and from `rope_local_base_freq` (before)."""
-    nested = config.get("rope_parameters") or {}
-    if not isinstance(nested, Mapping):
-        raise UnsupportedModel(f"config field rope_parameters is {nested!r}: an object is needed")
+    nested = _object("rope_parameters", config.get("rope_parameters"))
+    older = _object("rope_scaling", config.get("rope_scaling"))
 
-    def of(kind: str, theta: float, older: Any) -> Rotary:
-        stated = {"rope_theta": theta, **(nested.get(kind) or {}), **(older or {})}
+    def of(kind: str, theta: float, older: Mapping[str, Any]) -> Rotary:
+        stated = _object(f"rope_parameters.{kind}", nested.get(kind))
+        stated = {"rope_theta": theta, **stated, **older}
         return rotary(Fields({**config, "rope_scaling": stated}, _DEFAULTS), head_dim)
 
-    full = of("full_attention", fields.number("rope_theta"), config.get("rope_scaling"))
-    return full, of("sliding_attention", fields.number("rope_local_base_freq"), None)
+    full = of("full_attention", fields.number("rope_theta"), older)
+    return full, of("sliding_attention", fields.number("rope_local_base_freq"), {})
+
+
+def _object(name: str, value: Any) -> Mapping[str, Any]:
+    """The object that a field holds; an empty one where there is none."""
+    if not isinstance(value or {}, Mapping):
+        raise UnsupportedModel(f"config field {name} is {value!r:.80}: an object is needed")
+    return value or {}
 
 
 def _spec(config: Mapping[str, Any]) -> ModelSpec:

@@ -19,6 +19,7 @@ from shards.models.spec import (
 
 _KNOWN = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
 _DEFAULT_THETA = 10_000.0
+_MOST_CONTEXT = 2**31 - 1
 
 # What every Llama 3.1, 3.2 and 3.3 was trained with; a GGUF file states their effect alone.
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
@@ -37,11 +38,13 @@ def rotary(
         raise UnsupportedModel(
             f"config field partial_rotary_factor is {factor}: only 1.0 (whole heads) is known"
         )
-    dim = int(head_dim * positive("partial_rotary_factor", factor))
-    if not 2 <= dim <= head_dim:
+    turned = head_dim * positive("partial_rotary_factor", factor)
+    if not 2 <= turned < head_dim + 1:
         raise UnsupportedModel(
-            f"config field partial_rotary_factor is {factor}: of head_dim {head_dim} that is {dim}"
+            f"config field partial_rotary_factor is {factor}: of head_dim {head_dim} that is "
+            f"{turned:g} channels, from 2 to {head_dim} are needed"
         )
+    dim = int(turned)
     if dim % 2:
         of = "" if dim == head_dim else f"partial_rotary_factor {factor} of "
         raise UnsupportedModel(
@@ -55,7 +58,13 @@ def rotary(
                     f"config field rope_scaling.{name} has {len(divisors)} numbers: "
                     f"{dim // 2} are needed, one for each pair of the {dim} rotated channels"
                 )
-    return Rotary(positive("rope_theta", theta), dim, interleaved, scaling)
+    theta = positive("rope_theta", theta)
+    if isinstance(scaling, YarnScaling) and theta == 1.0:
+        raise UnsupportedModel(
+            "config field rope_theta is 1: YaRN stretches frequencies that differ, for which "
+            "another is needed"
+        )
+    return Rotary(theta, dim, interleaved, scaling)
 
 
 def context(fields: Fields) -> int:
@@ -63,9 +72,15 @@ def context(fields: Fields) -> int:
     to where that is longer (Qwen2.5's configs state the trained one)."""
     longest = fields.integer("max_position_embeddings")
     scaling = _scaling(fields, _stated(fields))
-    if isinstance(scaling, YarnScaling):
-        return max(longest, int(scaling.factor * scaling.original_context))
-    return longest
+    if not isinstance(scaling, YarnScaling):
+        return longest
+    stretched = scaling.factor * scaling.original_context
+    if stretched > _MOST_CONTEXT:
+        raise UnsupportedModel(
+            f"config field rope_scaling.factor is {scaling.factor:g}: of a trained context of "
+            f"{scaling.original_context:,} that is more than the {_MOST_CONTEXT:,} supported"
+        )
+    return max(longest, int(stretched))
 
 
 def score_factor(fields: Fields) -> float:
@@ -77,7 +92,8 @@ def score_factor(fields: Fields) -> float:
     if not isinstance(scaling, YarnScaling) or not stated.get("mscale_all_dim"):
         return 1.0
     all_dim = positive("mscale_all_dim", stated["mscale_all_dim"])
-    return _temperature(scaling.factor, all_dim) ** 2
+    temperature = _temperature(scaling.factor, all_dim)
+    return positive("mscale_all_dim", temperature * temperature)
 
 
 def gguf_scaling(metadata: Mapping[str, Any], architecture: str) -> dict[str, Any] | None:
@@ -175,21 +191,18 @@ def _scaling(fields: Fields, stated: Mapping[str, Any]) -> Scaling | None:
     if kind == "linear":
         return LinearScaling(positive("rope_scaling.factor", stated.get("factor")))
     longest = fields.integer("max_position_embeddings")
-    original = int(
-        positive(
-            "original_max_position_embeddings",
-            fields.get("original_max_position_embeddings")
-            or stated.get("original_max_position_embeddings")
-            or longest,
-        )
-    )
+    original = _original_context(fields, stated, longest)
     if kind == "llama3":
-        return Llama3Scaling(
-            factor=positive("rope_scaling.factor", stated.get("factor")),
-            low_freq_factor=positive("low_freq_factor", stated.get("low_freq_factor")),
-            high_freq_factor=positive("high_freq_factor", stated.get("high_freq_factor")),
-            original_context=original,
+        low, high = (
+            positive(name, stated.get(name)) for name in ("low_freq_factor", "high_freq_factor")
         )
+        if low >= high:
+            raise UnsupportedModel(
+                f"config fields low_freq_factor={low:g} and high_freq_factor={high:g}: "
+                "the latter must be the larger"
+            )
+        factor = positive("rope_scaling.factor", stated.get("factor"))
+        return Llama3Scaling(factor, low, high, original)
     factor = positive("rope_scaling.factor", stated.get("factor") or longest / original)
     if kind == "longrope":
         return LongRopeScaling(
@@ -206,6 +219,18 @@ def _scaling(fields: Fields, stated: Mapping[str, Any]) -> Scaling | None:
         beta_slow=positive("beta_slow", stated.get("beta_slow") or 1),
         truncate=bool(stated.get("truncate", True)),
     )
+
+
+def _original_context(fields: Fields, stated: Mapping[str, Any], longest: int) -> int:
+    """The context that the model was trained with, before it was stretched."""
+    name = "original_max_position_embeddings"
+    found = fields.get(name) or stated.get(name) or longest
+    # LongRoPE divides by its logarithm.
+    if not 2 <= positive(name, found) <= _MOST_CONTEXT:
+        raise UnsupportedModel(
+            f"config field {name} is {found!r:.80}: from 2 to {_MOST_CONTEXT:,} is supported"
+        )
+    return int(found)
 
 
 def _yarn_attention_factor(stated: Mapping[str, Any], factor: float) -> float:
