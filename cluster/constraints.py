@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from collections.abc import Collection
 import msgspec
 from llguidance import LLMatcher
 
-from cluster.errors import InvalidRequest, Violation
+from cluster.errors import InvalidRequest, Unavailable, Violation
 from cluster.request import Constraint, Language, Request
 from cluster.text import TextCodec
 from shards.grammar_sandbox import Tokenizer, Trial, Verdict
@@ -23,6 +24,8 @@ from shards.grammar_sandbox import Tokenizer, Trial, Verdict
 _JSON_WHITESPACE = r"[ ]|\n[ \t]{0,20}"
 # Grammars found good that are not tried again.
 _GOOD_KEPT = 256
+# Of a process that says nothing: it is stopped, or the machine has no time for it.
+_PATIENCE_MS = 30_000
 
 
 def field_of(constraint: Constraint) -> str:
@@ -91,7 +94,8 @@ class ConstraintChecker:
 
     def check(self, request: Request) -> None:
         """Raise `InvalidRequest` if the request's constraint cannot be held to, or if what was
-        generated breaks it already. Takes 0.25 s of a core at most, 2 ms as a rule."""
+        generated breaks it already; `Unavailable` where no process can be had to try it out in.
+        Takes 0.25 s of a core at most, 2 ms as a rule."""
         constraint = request.constraint
         if constraint is None:
             return
@@ -122,18 +126,32 @@ class ConstraintChecker:
             self._end()
 
     def _try(self, trial: Trial) -> Verdict:
+        try:
+            return self._judged(trial)
+        except OSError:  # somebody ended it
+            self._end()
+        try:
+            return self._judged(trial)
+        except OSError as error:
+            self._end()
+            raise Unavailable(
+                f"no process can be had to try the constraint out in ({error}): try again later"
+            ) from error
+
+    def _judged(self, trial: Trial) -> Verdict:
         if self._sandbox is None and not self._unsupported:
             self._start()
         if self._unsupported:
             return Verdict(f"this model's texts cannot be held to any: {self._unsupported}")
-        try:
-            return self._ask(trial)
-        except OSError:  # somebody ended it
-            self._end()
-            self._start()
-            return self._ask(trial)
+        return self._ask(trial)
 
     def _start(self) -> None:
+        try:
+            tokenizer = Tokenizer(self._codec.tokenizer_json, self._end_tokens)
+        # A tokenizer is foreign code: it may fail with anything.
+        except Exception as error:
+            self._unsupported = f"the tokenizer cannot be read ({type(error).__name__}: {error})"
+            return
         self._sandbox = subprocess.Popen(
             [sys.executable, "-m", "shards.grammar_sandbox"],
             stdin=subprocess.PIPE,
@@ -141,7 +159,7 @@ class ConstraintChecker:
             stderr=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
-        self._unsupported = self._ask(Tokenizer(self._codec.tokenizer_json, self._end_tokens)).fault
+        self._unsupported = self._ask(tokenizer).fault
         if self._unsupported:
             self._end()
 
@@ -152,6 +170,10 @@ class ConstraintChecker:
         assert sandbox.stdout is not None
         sandbox.stdin.write(msgspec.json.encode(question) + b"\n")
         sandbox.stdin.flush()
+        waiting = select.poll()
+        waiting.register(sandbox.stdout, select.POLLIN)
+        if not waiting.poll(_PATIENCE_MS):
+            raise TimeoutError(f"the grammar sandbox said nothing for {_PATIENCE_MS // 1000} s")
         answer = sandbox.stdout.readline()
         if not answer:
             raise BrokenPipeError("the grammar sandbox ended")

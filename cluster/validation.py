@@ -41,6 +41,10 @@ MAX_CHOICES = 1024
 _DEFAULTS = SamplingParams()
 
 
+class BeyondContext(Violation):
+    """A prompt that the model's context does not hold, or not with what is to follow it."""
+
+
 def validate(
     request: Request,
     model: ModelInfo,
@@ -85,8 +89,8 @@ class _Faults:
     def __init__(self) -> None:
         self._violations: list[Violation] = []
 
-    def add(self, field: str, description: str) -> None:
-        self._violations.append(Violation(field, description))
+    def add(self, field: str, description: str, kind: type[Violation] = Violation) -> None:
+        self._violations.append(kind(field, description))
 
     def raise_any(self) -> None:
         if self._violations:
@@ -140,6 +144,7 @@ def _check_prompt(faults: _Faults, request: Request, model: ModelInfo, field: st
             field,
             f"its {length} tokens leave no room in the context of {model.context}: shorten it to "
             f"at most {model.context - 1}",
+            BeyondContext,
         )
     elif model.longest_prompt is not None and length > model.longest_prompt:
         faults.add(
@@ -188,6 +193,7 @@ def _check_stopping(
                 "stopping.max_tokens",
                 f"{stopping.max_tokens} after a prompt of {length} tokens go beyond the context "
                 f"of {model.context}: ask for at most {model.context - length}",
+                BeyondContext,
             )
     _check_conditions(faults, stopping, model, has_tokenizer)
     ends = {*stopping.token_ids, *(() if stopping.ignore_eos else model.eos_token_ids)}

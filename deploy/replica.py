@@ -75,6 +75,7 @@ class Replica:
                 args.server,
                 telemetry.watchers,
                 exposition=telemetry.exposition,
+                on_call=telemetry.metrics.count_call,
                 share_port=not alone,
             )
             await fleet.start()

@@ -3,13 +3,16 @@
 import sys
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 from headwise import Client
 
 
 class Review(BaseModel):
-    product: str
+    # Small models do not stop by themselves: nothing else may follow, and texts have an end.
+    model_config = ConfigDict(extra="forbid")
+
+    product: str = Field(max_length=40)
     sentiment: Literal["good", "bad"]
     stars: int
 

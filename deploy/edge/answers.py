@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -38,6 +38,11 @@ class Watcher(Protocol):
     """Is told of every request before it is submitted; what it raises refuses the request."""
 
     def begin(self, model: str, request: Request, caller: Caller) -> Watch: ...
+
+
+OnCall = Callable[[str, str, str], None]
+"""Is told of every call at its end, also of those that ask no model: its API as `Caller` has it,
+its method ("other" for one that is not served) and its status, gRPC's name or HTTP's number."""
 
 
 class Answers:

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError, Message
 
 from cluster.errors import InvalidRequest, Overloaded, Unavailable, Violation
 from deploy.edge import errors
-from deploy.edge.answers import Caller
+from deploy.edge.answers import Caller, OnCall
 from deploy.edge.security import Access
 from deploy.edge.tls import names_in
 
@@ -76,10 +76,11 @@ class Calls(grpc.aio.ServerInterceptor):
     with an id: its own, or a new one. `drain` lets running calls finish and refuses new ones.
     """
 
-    def __init__(self, access: Access, most: int) -> None:
+    def __init__(self, access: Access, most: int, on_call: OnCall | None = None) -> None:
         """`most` calls at a time."""
         self._access = access
         self._most = most
+        self._on_call = on_call
         self._live: dict[asyncio.Task[Any], str] = {}
         self._arriving: OrderedDict[int, asyncio.Timeout] = OrderedDict()
         self._draining = False
@@ -96,7 +97,7 @@ class Calls(grpc.aio.ServerInterceptor):
         streams = handler is not None and handler.request_streaming
         behavior = self._streaming(handler) if streams else self._reading(handler, method)
         return grpc.stream_stream_rpc_method_handler(
-            self._around(behavior, method),
+            self._around(behavior, method, "other" if handler is None else method),
             request_deserializer=handler.request_deserializer if streams else None,
             response_serializer=None if handler is None else handler.response_serializer,
         )
@@ -114,10 +115,12 @@ class Calls(grpc.aio.ServerInterceptor):
             # They only have a status left to send.
             await asyncio.wait(self._live, timeout=1)
 
-    def _around(self, behavior: Behavior, method: str) -> Callable[[Any, Context], Awaitable[None]]:
+    def _around(
+        self, behavior: Behavior, method: str, counted_as: str
+    ) -> Callable[[Any, Context], Awaitable[None]]:
         async def call(_messages: Any, context: Context) -> None:
             started = time.monotonic()
-            outcome = "OK"
+            outcome = code = "OK"
             task = asyncio.current_task()
             assert task is not None
             request_id = uuid.uuid4().hex
@@ -126,24 +129,26 @@ class Calls(grpc.aio.ServerInterceptor):
                     self._admit(task, method, context)
                     await behavior(context)
                 except asyncio.CancelledError:
-                    outcome = "CANCELLED"
+                    outcome = code = "CANCELLED"
                     if not self._draining or context.cancelled():
                         raise
                     task.uncancel()
-                    outcome = "UNAVAILABLE"
+                    outcome = code = "UNAVAILABLE"
                     gone = Unavailable("the server is shutting down: send the request again")
                     await errors.abort(context, gone, _request_id())
                 except grpc.aio.BaseError:
                     # The reader is gone, or its deadline has passed: nobody is left to be told.
-                    outcome = "CANCELLED"
+                    outcome = code = "CANCELLED"
                     raise
                 except Exception as error:
-                    outcome = type(error).__name__
+                    outcome, code = type(error).__name__, errors.code_of(error).name
                     # A reader that does not read does not take its status either.
                     self._live.pop(task, None)
                     await errors.abort(context, error, _request_id())
                 finally:
                     self._live.pop(task, None)
+                    if self._on_call is not None:
+                        self._on_call(_api(method), counted_as, code)
                     log.info(
                         "call",
                         method=method[:_MOST_ID_BYTES],
@@ -232,12 +237,15 @@ def _identified(context: Context, method: str, access: Access) -> Caller:
     name = access.caller(
         _text(metadata.get("authorization")), names_in(context.auth_context() or None)
     )
-    api: Literal["vllm", "grpc"] = "vllm" if method.startswith(_VLLM) else "grpc"
     traceparent = _text(metadata.get("traceparent")) or ""
     operation: Literal["chat", "text_completion"] = (
         "chat" if method.endswith("/Chat") else "text_completion"
     )
-    return Caller(api, name, traceparent, _address(context.peer() or ""), operation)
+    return Caller(_api(method), name, traceparent, _address(context.peer() or ""), operation)
+
+
+def _api(method: str) -> Literal["vllm", "grpc"]:
+    return "vllm" if method.startswith(_VLLM) else "grpc"
 
 
 def _text(value: str | bytes | None) -> str | None:

@@ -134,7 +134,7 @@ async def abort(
 ) -> NoReturn:
     """End the call with the error's status."""
     status = status_of(error)
-    message = _clipped(status.message, _MOST_MESSAGE_BYTES)
+    message = clipped(status.message, _MOST_MESSAGE_BYTES)
     rich = status_pb2.Status(code=status.code.value[0], message=message)
     request_info = error_details_pb2.RequestInfo(request_id=request_id)
     for detail in (*status.details, request_info):
@@ -153,7 +153,7 @@ def _metadata(error: Exception) -> Mapping[str, str]:
     if isinstance(error, LimitExceeded):
         return {"limit": error.metric, "value": str(error.limit), "caller": error.caller}
     if isinstance(error, UnknownModel):
-        return {"model": _clipped(error.model, _MOST_NAME_BYTES)}
+        return {"model": clipped(error.model, _MOST_NAME_BYTES)}
     return {}
 
 
@@ -166,7 +166,7 @@ def _details(error: Exception) -> tuple[Message, ...]:
         failure = error_details_pb2.QuotaFailure()
         failure.violations.add(
             subject=f"caller:{error.caller}",
-            description=_clipped(str(error), _MOST_MESSAGE_BYTES),
+            description=clipped(str(error), _MOST_MESSAGE_BYTES),
             quota_metric=error.metric,
             quota_value=error.limit,
         )
@@ -174,8 +174,8 @@ def _details(error: Exception) -> tuple[Message, ...]:
     if isinstance(error, UnknownModel):
         resource = error_details_pb2.ResourceInfo(
             resource_type="model",
-            resource_name=_clipped(error.model, _MOST_NAME_BYTES),
-            description=_clipped(str(error), _MOST_MESSAGE_BYTES),
+            resource_name=clipped(error.model, _MOST_NAME_BYTES),
+            description=clipped(str(error), _MOST_MESSAGE_BYTES),
         )
         return (resource,)
     return ()
@@ -191,8 +191,8 @@ def _bad_request(error: InvalidRequest) -> Message:
     details = error_details_pb2.BadRequest()
     left = _MOST_VIOLATIONS_BYTES
     for number, violation in enumerate(error.violations):
-        field = _clipped(violation.field, _MOST_NAME_BYTES)
-        description = _clipped(violation.description, _MOST_MESSAGE_BYTES)
+        field = clipped(violation.field, _MOST_NAME_BYTES)
+        description = clipped(violation.description, _MOST_MESSAGE_BYTES)
         left -= len(field.encode()) + len(description.encode())
         if left < 0 and number > 0:
             rest = len(error.violations) - number
@@ -213,7 +213,8 @@ def malformed(error: Exception) -> InvalidRequest:
     )
 
 
-def _clipped(text: str, most_bytes: int) -> str:
+def clipped(text: str, most_bytes: int) -> str:
+    """The beginning of a text, as UTF-8 no longer than that."""
     raw = text.encode("utf-8", errors="replace")
     if len(raw) <= most_bytes:
         return raw.decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -56,10 +57,16 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 field="text",
             )
         elif kind == "conversation":
-            check_conversation(request.conversation)
-            ids = await served.texts.render(
-                codec.conversation(request.conversation), field="conversation.messages"
-            )
+            try:
+                check_conversation(request.conversation)
+                ids = await served.texts.render(codec.conversation(request.conversation))
+            except InvalidRequest as error:
+                raise InvalidRequest(
+                    *(
+                        replace(fault, field=f"conversation.{fault.field}")
+                        for fault in error.violations
+                    )
+                ) from error
         else:
             raise InvalidRequest(Violation("input", "not set: set text or conversation"))
         context_length = served.generator.model.context

@@ -40,7 +40,8 @@ _IPV6_PREFIX = 64
 
 log = structlog.get_logger(__name__)
 
-_Limit = Annotated[int, Field(ge=1)] | None
+# Strict: to YAML, `yes` is true, which would be 1.
+_Limit = Annotated[int, Field(ge=1, strict=True)] | None
 
 
 class Limits(BaseModel):
@@ -51,7 +52,7 @@ class Limits(BaseModel):
     concurrent_requests: _Limit = None
     requests_per_minute: _Limit = None
     tokens_per_minute: _Limit = None
-    max_priority: int | None = None
+    max_priority: Annotated[int, Field(strict=True)] | None = None
 
 
 class LimitsFile(BaseModel):

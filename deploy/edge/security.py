@@ -43,8 +43,8 @@ class Access:
             name = self._tokens.current.name_of(authorization)
             if name is None:
                 raise Unauthenticated(
-                    "no known bearer token: send metadata `authorization: Bearer TOKEN` with a "
-                    "token of the server's token_file"
+                    "no known bearer token: send `authorization: Bearer TOKEN` (an HTTP header, or "
+                    "gRPC metadata) with a token of the server's token_file"
                 )
             return name
         return certificate[0] if self._asks_clients and certificate else ""

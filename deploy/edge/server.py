@@ -14,7 +14,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 from cluster.config import ServerConfig
 from cluster.errors import StartupError
 from deploy.edge import health, listener, transport, vllm
-from deploy.edge.answers import Answers, Watcher
+from deploy.edge.answers import Answers, OnCall, Watcher
 from deploy.edge.calls import Calls
 from deploy.edge.control import ControlService
 from deploy.edge.http.api import HttpApi
@@ -40,15 +40,17 @@ class Edge:
         watchers: Sequence[Watcher] = (),
         *,
         exposition: Exposition | None = None,
+        on_call: OnCall | None = None,
         share_port: bool = False,
     ) -> None:
-        """`watchers` are told of every request; `exposition` is what GET /metrics answers.
+        """`watchers` are told of every request, `on_call` of every call that is not gRPC's own
+        health; `exposition` is what GET /metrics answers.
         `share_port`: other edges of this host may listen there too, and each gets some of the
         connections."""
         self._config = config
         self._models = models
         self._access = Access(config)
-        self._calls = Calls(self._access, config.max_concurrent_calls)
+        self._calls = Calls(self._access, config.max_concurrent_calls, on_call)
         self._health = health.HealthService(models, (health.INFERENCE, vllm.SERVICE))
         # The limits come last, so that the others are told of what they refuse.
         limits = [] if config.limits_file is None else [CallerLimits(config.limits_file)]
@@ -60,6 +62,7 @@ class Edge:
                 config,
                 self._access,
                 exposition=exposition,
+                on_call=on_call,
                 share_port=share_port,
             )
             if config.http
@@ -116,6 +119,12 @@ class Edge:
         return "" if self._http is None else self._http.url
 
     @property
+    def _ports(self) -> tuple[int, ...]:
+        if self._http is None:
+            return (self._port,)
+        return self._port, int(self._http.url.rpartition(":")[2])
+
+    @property
     def connections(self) -> dict[str, int]:
         """How many clients are connected to each API."""
         held = {"grpc": listener.connections(self._port)}
@@ -131,6 +140,9 @@ class Edge:
         """Say NOT_SERVING, take no new connections, and answer on until those that are there have
         made way (`max_connection_age_s`), at most `timeout_s`."""
         self._health.close()
+        for port in self._ports:
+            listener.turn_away(port)
+        await asyncio.sleep(min(listener.SETTLE_SECONDS, timeout_s))
         listener.stop_listening(self._port)
         if self._http is not None:
             self._http.retire()

@@ -13,7 +13,7 @@ from cluster.constraints import ConstraintChecker
 from cluster.errors import InvalidRequest, Overloaded, Violation
 from cluster.request import ModelInfo, Request
 from cluster.text import TextCodec, TextDelta
-from cluster.validation import max_prompt_bytes
+from cluster.validation import BeyondContext, max_prompt_bytes
 from deploy.conversation import Conversation
 
 T = TypeVar("T")
@@ -29,8 +29,36 @@ _THREADS = 2
 _MOST_WAITING = 64
 
 
+class _Threads:
+    """Some threads, and a bound on what waits for them."""
+
+    def __init__(self, count: int, what: str) -> None:
+        """`what` they do, for the error where there is too much of it."""
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix=what.replace(" ", "_"))
+        self._room = threading.BoundedSemaphore(_MOST_WAITING)
+        self._what = what
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Raises `Overloaded` without room."""
+        if not self._room.acquire(blocking=False):
+            raise Overloaded(
+                f"{_MOST_WAITING} {self._what} are waiting already: try again later", 1.0
+            )
+        job = self._threads.submit(work)
+        # The thread's own end, not the caller's: after a cancellation the thread is still at work.
+        job.add_done_callback(lambda _: self._room.release())
+        return await asyncio.wrap_future(job)
+
+    async def run_at_any_rate(self, work: Callable[[], T]) -> T:
+        """Also without room."""
+        return await asyncio.wrap_future(self._threads.submit(work))
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
 class Texts:
-    """A model's codec behind a bounded pool of threads.
+    """A model's codec behind bounded pools of threads.
 
     The codec is None for a model without a tokenizer: text is then an `InvalidRequest`.
     """
@@ -38,8 +66,9 @@ class Texts:
     def __init__(self, tokenizer: TextCodec | None, model: ModelInfo) -> None:
         self.codec = tokenizer
         self._model = model
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
-        self._room = threading.BoundedSemaphore(_MOST_WAITING)
+        self._threads = _Threads(_THREADS, "long texts")
+        # They are tried one after another; texts do not wait for those that take long.
+        self._trials = _Threads(1, "constraints")
         self._constraints = (
             None if tokenizer is None else ConstraintChecker(tokenizer, model.eos_token_ids)
         )
@@ -102,20 +131,21 @@ class Texts:
         """Raise `InvalidRequest` if the request has a constraint that cannot be held to."""
         checker = self._constraints
         if request.constraint is not None and checker is not None:
-            await self._offload(lambda: checker.check(request), "constraints")
+            await self._trials.run(lambda: checker.check(request))
 
     async def build(self, tokens: int, work: Callable[[], T]) -> T:
         """What `work` makes, which spells out that many tokens. Never refused for want of room:
         only a running request builds answers, and of those there is a limit."""
         if tokens <= _INLINE_TOKENS:
             return work()
-        return await asyncio.wrap_future(self._threads.submit(work))
+        return await self._threads.run_at_any_rate(work)
 
     def token_text(self, token: int) -> str:
         return self.codec.token_text(token) if self.codec is not None else ""
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
+        self._trials.close()
         if self._constraints is not None:
             self._constraints.close()
 
@@ -128,7 +158,7 @@ class Texts:
         """No token stands for more bytes than the longest: beyond that, counting is enough."""
         if size > self._most_bytes:
             raise InvalidRequest(
-                Violation(
+                BeyondContext(
                     field,
                     f"{size} bytes of text cannot fit into a context of {self._model.context} "
                     "tokens: send a shorter text",
@@ -137,16 +167,7 @@ class Texts:
         return size
 
     async def _run(self, size: int, work: Callable[[], T]) -> T:
-        return work() if size <= _INLINE_BYTES else await self._offload(work, "long texts")
-
-    async def _offload(self, work: Callable[[], T], what: str) -> T:
-        """`what` it is, for the error where there is too much of it."""
-        if not self._room.acquire(blocking=False):
-            raise Overloaded(f"{_MOST_WAITING} {what} are waiting already: try again later", 1.0)
-        job = self._threads.submit(work)
-        # The thread's own end, not the caller's: after a cancellation the thread is still at work.
-        job.add_done_callback(lambda _: self._room.release())
-        return await asyncio.wrap_future(job)
+        return work() if size <= _INLINE_BYTES else await self._threads.run(work)
 
 
 def spelled_tokens(delta: TextDelta) -> int:

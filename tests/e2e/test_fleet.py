@@ -58,7 +58,7 @@ class Cluster:
                         "grpc_port": self.grpc_port,
                         "http_port": self.http_port,
                         "drain_timeout_s": 20,
-                        "max_connection_age_s": 3,
+                        "max_connection_age_s": 6,
                         **args,
                     },
                 }
@@ -83,8 +83,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @contextmanager
 def edge(address: str) -> Iterator[tuple[Any, Any]]:
-    """Stubs of Inference and Control on a connection of their own, which retries nothing."""
-    options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
+    """Stubs of Inference and Control on a connection of their own. gRPC sends again what no server
+    has begun, as it does by default; nothing retries what was begun."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
     with grpc.insecure_channel(address, options=options) as channel:
         yield inference_pb2_grpc.InferenceStub(channel), control_pb2_grpc.ControlStub(channel)
 

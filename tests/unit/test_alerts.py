@@ -75,6 +75,24 @@ def test_a_bucket_that_a_rule_reads_is_there() -> None:
     assert all(bound in buckets[name] for name, bound in found)
 
 
+def test_every_alert_has_its_section_in_the_runbook_and_its_row_in_the_guide() -> None:
+    alerts = {rule["alert"] for rule in rules() if "alert" in rule}
+    runbook = (ROOT / "docs/runbook.md").read_text()
+    sections = {
+        name
+        for heading in re.findall(r"^## (Headwise.*)$", runbook, re.MULTILINE)
+        for name in heading.split(", ")
+    }
+    guide = (ROOT / "docs/observability.md").read_text()
+    rows = {
+        name
+        for cell in re.findall(r"^\| (`Headwise[^|]*) \|", guide, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", cell)
+    }
+    assert sections == alerts
+    assert rows == alerts
+
+
 def test_panels_do_not_overlap() -> None:
     taken: set[tuple[int, int]] = set()
     for panel in dashboard()["panels"]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from cluster import constraints
 from cluster.constraints import ConstraintChecker
-from cluster.errors import InvalidRequest
+from cluster.errors import InvalidRequest, Unavailable
 from cluster.request import Constraint, Language, Request
 from cluster.text import TextCodec
+from tests.unit.fakes import FakeCodec
 from tests.unit.tiny_tokenizers import byte_level, metaspace
 
 
@@ -144,6 +148,45 @@ def test_a_sandbox_that_is_gone_is_started_again(codec: TextCodec) -> None:
     finally:
         checker.close()
     checker.close()
+
+
+def test_a_process_that_cannot_be_had(codec: TextCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    checker = ConstraintChecker(codec, codec.eos_token_ids)
+    request = asking(Language.REGEX, "one")
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "executable", "/bin/false")
+            for _ in range(2):
+                with pytest.raises(Unavailable, match="no process can be had"):
+                    checker.check(request)
+        checker.check(request)
+    finally:
+        checker.close()
+
+
+def test_a_process_that_says_nothing(codec: TextCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    checker = ConstraintChecker(codec, codec.eos_token_ids)
+    try:
+        checker.check(asking(Language.REGEX, "one"))
+        assert checker._sandbox is not None
+        stopped = checker._sandbox
+        os.kill(stopped.pid, signal.SIGSTOP)
+        monkeypatch.setattr(constraints, "_PATIENCE_MS", 100)
+        # Its successor may need longer than that to start.
+        with contextlib.suppress(Unavailable):
+            checker.check(asking(Language.REGEX, "two"))
+        assert stopped.poll() == -signal.SIGKILL
+    finally:
+        checker.close()
+
+
+def test_a_tokenizer_that_cannot_be_read() -> None:
+    checker = ConstraintChecker(FakeCodec(), ())  # type: ignore[arg-type]
+    try:
+        for _ in range(2):
+            assert "cannot be read" in refusal(checker, asking(Language.REGEX, "a"))[1]
+    finally:
+        checker.close()
 
 
 def test_a_tokenizer_whose_tokens_are_no_bytes() -> None:

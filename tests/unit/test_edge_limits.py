@@ -177,6 +177,8 @@ def test_limits_are_read_again(limited: Callable[[str], Limited]) -> None:
     [
         ("default: {requests_per_hour: 1}", "default.requests_per_hour"),
         ("callers: {bob: {tokens_per_minute: 0}}", "callers.bob.tokens_per_minute"),
+        ("default: {concurrent_requests: yes}", "default.concurrent_requests"),
+        ("default: {max_priority: no}", "default.max_priority"),
         ("- 1", "limits_file"),
         ("{", "not YAML"),
         ("\x00", "not YAML"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
+from cluster.constraints import ConstraintChecker
 from headwise.v1 import inference_pb2 as pb
 from tests.unit.edge_server import RunningEdge, running_edge
 from tests.unit.fakes import MODEL, FakeCodec, FakeGenerator
@@ -68,7 +70,7 @@ async def test_the_number_of_messages_is_bounded() -> None:
         found = await refused(edge, [pb.ChatMessage()] * 4097)
 
     assert found.keys() == {"messages"}
-    assert "4097 messages are more than 4096" in found["messages"]
+    assert "4097 entries are more than 4096" in found["messages"]
     assert codec.calls == set()
 
 
@@ -110,3 +112,21 @@ async def test_log_probabilities_of_a_long_prompt_are_spelled_off_the_loop(
     assert len(message.prompt_logprobs) == prompt
     assert message.prompt_logprobs[1].top[1].text == "b"
     assert codec.calls == {("token_text", inline)}
+
+
+async def test_constraints_do_not_hold_up_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = threading.Event()
+    monkeypatch.setattr(ConstraintChecker, "check", lambda _self, _request: tried.wait())
+    async with running_edge() as edge:
+        request = pb.GenerateRequest(text="x", constraint=pb.Constraint(regex="a"), stopping=ONE)
+        waiting = [asyncio.ensure_future(_texts(edge.inference.Generate(request))) for _ in "abc"]
+        try:
+            long = pb.GenerateRequest(text="x" * 5000, stopping=ONE)
+            assert await _texts(edge.inference.Generate(long)) == ["a"]
+        finally:
+            tried.set()
+        await asyncio.gather(*waiting)
+
+
+async def _texts(call: Any) -> list[str]:
+    return [message.text async for message in call]

@@ -287,3 +287,20 @@ async def test_a_model_without_a_chat_template() -> None:
         response = await api.post(PATH, messages=says("hi"))
     assert response.json()["error"]["param"] == "messages"
     assert "no chat template" in response.json()["error"]["message"]
+
+
+async def test_a_message_of_calls_alone_has_no_words() -> None:
+    """Templates that know nothing of tools want a text."""
+    seen: list[Any] = []
+
+    class Seeing(FakeCodec):
+        def render_chat(self, messages: Any, **options: Any) -> list[int]:
+            seen.extend(messages)
+            return super().render_chat(messages, **options)
+
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [*says("x"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    async with running_api(codec=Seeing()) as api:
+        response = await api.post(PATH, messages=messages, max_tokens=1)
+        assert response.status_code == 200
+    assert [message["content"] for message in seen] == ["x", ""]

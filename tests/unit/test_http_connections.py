@@ -216,7 +216,7 @@ async def test_tokens_and_trace_contexts(tmp_path: Path) -> None:
             assert (await api.http.get(path)).status_code == 200
         headers = {"authorization": "Bearer secret", "traceparent": trace}
         ok(await api.http.post(COMPLETIONS, json={"prompt": "x"}, headers=headers))
-    assert callers.seen == [Caller("http", "alice", trace)]
+    assert callers.seen == [Caller("http", "alice", trace, "127.0.0.1")]
 
 
 async def test_tls(tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from cluster.errors import NoToken, Overloaded, Unavailable
 from cluster.request import HealthState
-from tests.unit.fakes import FakeGenerator
+from tests.unit.fakes import MODEL, FakeGenerator
 from tests.unit.http_server import RunningApi, read_events, running_api, says
 
 COMPLETIONS = "/v1/completions"
@@ -58,6 +59,7 @@ async def test_what_is_not_there(
         (b'{"prompt": "x"}', {}, 415, "send JSON"),
         (b'{"prompt": "x"}', {"content-type": "text/plain"}, 415, "'text/plain'"),
         (b'{"prompt": "x", "max_tokens": 1}', {"content-type": "application/x+json"}, 200, ""),
+        (b'{"prompt": "x"}', {**JSON, "content-encoding": "gzip"}, 415, "'gzip'"),
     ],
 )
 async def test_bodies(
@@ -280,3 +282,65 @@ async def test_a_stream_is_sent_as_it_comes(api: RunningApi) -> None:
         assert first["choices"][0]["text"] == "a"
         api.generator.resume()
         assert [event async for event in events][-1] == "[DONE]"
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "param", "words"),
+    [
+        (COMPLETIONS, b'{"prompt": [' + b"{}," * 1_300_000 + b"{}]}", "prompt", "2048"),
+        (COMPLETIONS, b'{"prompt": [0' + b",{}" * 1_300_000 + b"]}", "prompt[0]", "string"),
+        (COMPLETIONS, b'{"prompt": "x", "stop": [' + b"0," * 1_900_000 + b"0]}", "stop[0]", ""),
+        (CHATS, b'{"messages": [' + b"{}," * 1_300_000 + b"{}]}", "messages", "4096"),
+        (
+            CHATS,
+            b'{"messages": [{"role": "user", "content": [' + b"{}," * 1_300_000 + b"{}]}]}",
+            "messages",
+            "4096",
+        ),
+        ("/detokenize", b'{"tokens": [' + b"{}," * 1_300_000 + b"{}]}", "tokens[0]", "integer"),
+    ],
+)
+async def test_a_million_faults_are_not_listed(
+    api: RunningApi, path: str, content: bytes, param: str, words: str
+) -> None:
+    response = await api.http.post(path, content=content, headers=JSON)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert words in error["message"]
+    assert len(response.content) < 1000
+
+
+async def test_too_many_biases_are_counted_alone(api: RunningApi) -> None:
+    response = await api.post(COMPLETIONS, prompt="x", logit_bias={f"{i}": "" for i in range(2000)})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith("logit_bias: 2000 entries are more than")
+
+
+async def test_what_an_error_quotes_is_short(api: RunningApi) -> None:
+    response = await api.post(COMPLETIONS, prompt="x", model="m" * 100_000)
+    assert response.status_code == 404
+    assert len(response.content) < 5000
+    response = await api.post(COMPLETIONS, prompt="x", logit_bias={"k" * 100_000: 1})
+    assert response.status_code == 400
+    assert len(response.content) < 5000
+
+
+async def test_what_is_nested_too_deeply(api: RunningApi) -> None:
+    schema = b'{"items": ' * 900 + b"{}" + b"}" * 900
+    content = (
+        b'{"messages": [{"role": "user", "content": "x"}], "tool_choice": "required", "tools": '
+        b'[{"type": "function", "function": {"name": "f", "parameters": ' + schema + b"}}]}"
+    )
+    response = await api.http.post(CHATS, content=content, headers=JSON)
+    assert response.status_code == 400
+    assert "nested too deeply" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "body", [{"prompt": [1] * 64}, {"prompt": "x" * 1000}, {"prompt": [1], "max_tokens": 64}]
+)
+async def test_what_the_context_does_not_hold_has_a_code_of_its_own(body: dict[str, Any]) -> None:
+    async with running_api(FakeGenerator(model=replace(MODEL, context=64))) as api:
+        error = (await api.post(COMPLETIONS, **body)).json()["error"]
+    assert error["code"] == "context_length_exceeded"

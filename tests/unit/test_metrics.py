@@ -213,6 +213,7 @@ async def test_the_experts_series_are_bounded(generator: FakeGenerator, scrape: 
 async def test_the_exposition_is_the_catalog(generator: FakeGenerator, scrape: Scrape) -> None:
     """Every metric with its type and labels, in both formats, and nothing else of ours."""
     everything(generator)
+    scrape.metrics.count_call("grpc", "/headwise.v1.Control/GetLoad", "OK")
     await answer(generator, [scrape.metrics.requests], request("a"))
     generator.refusal = Overloaded("full", retry_after=1.0)
     with pytest.raises(Overloaded):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.config import ServerConfig
-from deploy.edge.answers import Answers
+from deploy.edge.answers import Answers, OnCall
 from deploy.edge.http.app import build_app
 from deploy.edge.http.exchanges import Exchanges
 from deploy.edge.http.operations import Exposition
@@ -24,6 +24,7 @@ class HttpApi:
         access: Access,
         *,
         exposition: Exposition | None = None,
+        on_call: OnCall | None = None,
         share_port: bool = False,
     ) -> None:
         """`share_port`: other servers of this host may listen there too."""
@@ -35,6 +36,7 @@ class HttpApi:
             access=access,
             exposition=exposition,
             max_body_bytes=config.max_message_bytes,
+            on_call=on_call,
         )
         self._server = HttpServer(
             app,

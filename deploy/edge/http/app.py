@@ -7,6 +7,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
+from deploy.edge.answers import OnCall
 from deploy.edge.http.boundary import Boundary
 from deploy.edge.http.chat import chats
 from deploy.edge.http.completions import completions
@@ -26,6 +27,7 @@ def build_app(
     access: Access,
     exposition: Exposition | None,
     max_body_bytes: int,
+    on_call: OnCall | None = None,
 ) -> ASGIApp:
     """`access` says who may call; `exposition` is what GET /metrics answers."""
     app = FastAPI(
@@ -35,14 +37,23 @@ def build_app(
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
-    for router in (
+    routers = (
         completions(service),
         chats(service),
         tokens(service),
         operations(service, exposition),
-    ):
+    )
+    for router in routers:
         app.include_router(router)
     for kind in (RequestValidationError, HTTPException, HeadwiseError, Exception):
         app.add_exception_handler(kind, respond)
     describe(app)
-    return Boundary(app, access=access, exchanges=service.exchanges, max_body_bytes=max_body_bytes)
+    return Boundary(
+        app,
+        # Not the application's own, where FastAPI nests what it includes.
+        [route for router in routers for route in router.routes],
+        access=access,
+        exchanges=service.exchanges,
+        max_body_bytes=max_body_bytes,
+        on_call=on_call,
+    )

@@ -7,15 +7,17 @@ import asyncio
 import re
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deploy.edge.answers import Caller
+from deploy.edge.answers import Caller, OnCall
 from deploy.edge.http.errors import error_of
 from deploy.edge.http.exchanges import Exchanges
 from deploy.edge.http.operations import OPEN_PATHS
@@ -38,9 +40,19 @@ class Boundary:
     """ASGI middleware outside everything else."""
 
     def __init__(
-        self, app: ASGIApp, *, access: Access, exchanges: Exchanges, max_body_bytes: int
+        self,
+        app: ASGIApp,
+        routes: Sequence[BaseRoute],
+        *,
+        access: Access,
+        exchanges: Exchanges,
+        max_body_bytes: int,
+        on_call: OnCall | None = None,
     ) -> None:
+        """`routes` are those whose calls are counted by their path."""
         self._app = app
+        self._routes = routes
+        self._on_call = on_call
         self._exchanges = exchanges
         self._access = access
         self._room = _Room(max_body_bytes)
@@ -73,6 +85,8 @@ class Boundary:
                     "http",
                     name,
                     headers.get("traceparent", ""),
+                    # Nothing between client and server is believed about whose it is.
+                    (scope.get("client") or ("",))[0],
                     operation="chat" if "/chat/" in scope["path"] else "text_completion",
                 )
                 await self._app(scope, body.receive, send_with_id)
@@ -84,12 +98,23 @@ class Boundary:
                     await response(scope, receive, send_with_id)
             finally:
                 body.close()
+                outcome = status or "DISCONNECTED"
+                if self._on_call is not None:
+                    self._on_call("http", _served(self._routes, scope), str(outcome))
                 log.info(
                     "call",
                     method=f"{scope['method']} {scope['path']}",
-                    outcome=status or "DISCONNECTED",
+                    outcome=outcome,
                     seconds=round(time.monotonic() - started, 4),
                 )
+
+
+def _served(routes: Sequence[BaseRoute], scope: Scope) -> str:
+    """The method and path of the route that a request is for; "other" where there is none."""
+    for route in routes:
+        if isinstance(route, Route) and route.matches(scope)[0] is Match.FULL:
+            return f"{scope['method']} {route.path}"
+    return "other"
 
 
 @dataclass

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+)
 
 from cluster import validation
 from cluster.errors import InvalidRequest, Violation
 from cluster.request import Constraint
 from deploy.conversation import Conversation
+from deploy.edge.extent import MAX_MESSAGES
 from deploy.edge.http.constraints import asked_constraint, json_constraint
-from deploy.edge.http.fields import DEPRECATED, GenerationBody
+from deploy.edge.http.fields import DEPRECATED, Entries, GenerationBody
 
-_MOST_TOOLS = 128
+MOST_TOOLS = 128
 # Keywords of JSON schema whose values are no schemas, and those with schemas by name.
 _VERBATIM = frozenset(("const", "default", "enum", "examples"))
 _BY_NAME = frozenset(
@@ -83,9 +91,9 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[TextPart] | None = None
+    content: str | Entries[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[PastCall] | None = None
+    tool_calls: Entries[PastCall] | None = None
     tool_call_id: str | None = None
 
     def plain(self) -> dict[str, Any]:
@@ -93,7 +101,29 @@ class Message(BaseModel):
         message = self.model_dump(exclude_none=True)
         if isinstance(self.content, list):
             message["content"] = "\n".join(part.text for part in self.content)
+        elif self.role == "assistant":
+            # Null where all it did was to call tools, of which not every template knows.
+            message.setdefault("content", "")
         return message
+
+
+def _few_messages(value: object) -> object:
+    """Before each of them becomes an object, which takes a hundred times its bytes."""
+    count = 0
+    for message in value if isinstance(value, list) else ():
+        count += 1
+        for key in ("content", "tool_calls"):
+            parts = message.get(key) if isinstance(message, dict) else None
+            count += len(parts) if isinstance(parts, list) else 0
+        if count > MAX_MESSAGES:
+            raise ValueError(
+                f"messages, their parts and their calls are more than {MAX_MESSAGES}: leave out or "
+                "join the oldest ones"
+            )
+    return value
+
+
+Messages = Annotated[Entries[Message], Field(min_length=1), BeforeValidator(_few_messages)]
 
 
 class ChosenFunction(BaseModel):
@@ -114,14 +144,14 @@ class ToolChoice(BaseModel):
 class ChatBody(GenerationBody):
     """The next message of a conversation."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = Field(
         default=None, json_schema_extra=DEPRECATED
     )
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=validation.MAX_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=_MOST_TOOLS)] | None = None
+    tools: Annotated[Entries[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
@@ -133,7 +163,7 @@ class ChatBody(GenerationBody):
     # Known, not supported, and refused unless they ask for nothing.
     functions: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: Literal["none"] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Entries[Literal["text"]] | None = None
     audio: None = None
     chat_template: None = None
     documents: Annotated[list[Any], Field(max_length=0)] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from fastapi import APIRouter
 from msgspec import UNSET
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -19,7 +20,7 @@ from cluster.errors import InvalidRequest, Violation
 from cluster.request import Request
 from cluster.text import TextDelta
 from deploy.edge.http.constraints import asked_constraint
-from deploy.edge.http.fields import GenerationBody, TokenId
+from deploy.edge.http.fields import Entries, GenerationBody, Text, TokenId
 from deploy.edge.http.logprobs import by_id, completion_logprobs, prompt_logprobs
 from deploy.edge.http.openapi import answers_with
 from deploy.edge.http.replies import Completion, CompletionChoice, CompletionLogprobs
@@ -34,21 +35,26 @@ from shards.contract import Logprobs
 _DEFAULT_MAX_TOKENS = 16
 _MOST_PROMPTS = 2048
 
-Ids = Annotated[list[TokenId], Field(min_length=1)]
+Ids = Annotated[Entries[TokenId], Field(min_length=1)]
+
+
+def _few_prompts(value: object) -> object:
+    """Before any of them is judged as each of the things that a prompt may be."""
+    if isinstance(value, list) and len(value) > _MOST_PROMPTS and not isinstance(value[0], int):
+        raise ValueError(f"{len(value)} prompts are more than {_MOST_PROMPTS}: send fewer at once")
+    return value
 
 
 class CompletionBody(GenerationBody):
     """One answer for every prompt and sample."""
 
-    prompt: (
-        Annotated[str, Field(min_length=1)]
-        | Annotated[
-            list[Annotated[str, Field(min_length=1)]],
-            Field(min_length=1, max_length=_MOST_PROMPTS),
-        ]
+    prompt: Annotated[
+        Text
+        | Annotated[Entries[Text], Field(min_length=1, max_length=_MOST_PROMPTS)]
         | Ids
-        | Annotated[list[Ids], Field(min_length=1, max_length=_MOST_PROMPTS)]
-    )
+        | Annotated[Entries[Ids], Field(min_length=1, max_length=_MOST_PROMPTS)],
+        BeforeValidator(_few_prompts),
+    ]
     max_tokens: (
         Annotated[int, Field(ge=0, le=2**31 - 1, description="0, with `echo`, scores the prompt.")]
         | None
@@ -191,6 +197,8 @@ async def _take(body: CompletionBody, call: Call, served: Served) -> list[Intake
             intakes.append(await take(prompt, own, output, served))
         except InvalidRequest as error:
             raise body.renamed(error, constraint=field) from error
+        # Each may have taken the loop some milliseconds; there may be thousands of them.
+        await asyncio.sleep(0)
     return intakes
 
 

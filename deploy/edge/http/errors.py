@@ -19,7 +19,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.errors import InvalidRequest, Violation
-from deploy.edge.errors import UnknownModel, status_of
+from cluster.validation import BeyondContext
+from deploy.edge.errors import UnknownModel, clipped, status_of
 
 
 class ErrorDetail(msgspec.Struct):
@@ -48,6 +49,10 @@ class HttpError:
     def body(self) -> bytes:
         return msgspec.json.encode(ErrorBody(self.detail))
 
+
+# Messages quote what the client sent.
+_MOST_MESSAGE_BYTES = 4096
+_MOST_PARAM_BYTES = 128
 
 _INVALID = "invalid_request_error"
 # HTTP status, type, code; what is not here is internal.
@@ -90,14 +95,17 @@ def error_of(error: Exception) -> HttpError:
         return error_of(_misread(error))
     if isinstance(error, HTTPException):
         kind, code = _KINDS.get(error.status_code, (_INVALID, None))
-        message = _ROUTING.get(error.detail, error.detail)
+        message = clipped(_ROUTING.get(error.detail, error.detail), _MOST_MESSAGE_BYTES)
         headers = dict(error.headers or {})
         return HttpError(error.status_code, ErrorDetail(message, kind, code=code), headers)
     status = status_of(error)
     http_status, kind, code = _STATUSES.get(status.code, _INTERNAL)
     param, headers = None, {}
     if isinstance(error, InvalidRequest):
-        param = error.violations[0].field or None
+        param = clipped(error.violations[0].field, _MOST_PARAM_BYTES) or None
+        # Agents shorten a conversation when they read it.
+        if isinstance(error.violations[0], BeyondContext):
+            code = "context_length_exceeded"
     if isinstance(error, UnknownModel):
         param, code = "model", "model_not_found"
     for detail in status.details:
@@ -110,6 +118,7 @@ def error_of(error: Exception) -> HttpError:
         headers["www-authenticate"] = "Bearer"
     # A lone surrogate out of a request's JSON has no UTF-8.
     message = status.message.encode(errors="backslashreplace").decode()
+    message = clipped(message, _MOST_MESSAGE_BYTES)
     return HttpError(http_status, ErrorDetail(message, kind, param, code), headers)
 
 

@@ -7,12 +7,13 @@ clients send many. Fields that are known, not supported, and would change the an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from cluster import validation
-from cluster.errors import InvalidRequest, Violation
+from cluster.errors import InvalidRequest
 from cluster.request import SamplingParams, Stopping
 
 # The least share of the distribution that float32 can tell from none: the likeliest token.
@@ -21,9 +22,22 @@ _SMALLEST_TOP_P = 1e-6
 # pydantic's own mark warns whoever reads the field.
 DEPRECATED: dict[str, JsonValue] = {"deprecated": True}
 
+T = TypeVar("T")
 
 Text = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+# Told of is the first fault alone: those of a million entries, which fit into a body, would take
+# gigabytes.
+Entries = Annotated[list[T], Field(fail_fast=True)]
+
+
+def _few_biases(value: object) -> object:
+    """pydantic counts the entries of an object when it has judged each of them."""
+    if isinstance(value, dict) and len(value) > validation.MAX_LOGIT_BIAS_ENTRIES:
+        raise ValueError(
+            f"{len(value)} entries are more than {validation.MAX_LOGIT_BIAS_ENTRIES}: send fewer"
+        )
+    return value
 
 
 class StreamOptions(BaseModel):
@@ -62,7 +76,7 @@ class StructuredOutputs(BaseModel):
 
     schema_: str | dict[str, Any] | bool | None = Field(default=None, alias="json")
     regex: Text | None = None
-    choice: Annotated[list[Text], Field(min_length=1)] | None = None
+    choice: Annotated[Entries[Text], Field(min_length=1)] | None = None
     grammar: Text | None = None
     json_object: bool | None = None
 
@@ -90,14 +104,17 @@ class GenerationBody(BaseModel):
                 max_length=validation.MAX_LOGIT_BIAS_ENTRIES,
                 json_schema_extra={"additionalProperties": False},
             ),
+            BeforeValidator(_few_biases),
         ]
         | None
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), le=validation.MAX_SEED)] | None = None
     n: Annotated[int, Field(ge=1, le=64)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=validation.MAX_STOP_STRINGS)] | None = None
+    stop: Text | Annotated[Entries[Text], Field(max_length=validation.MAX_STOP_STRINGS)] | None = (
+        None
+    )
     stop_token_ids: (
-        Annotated[list[TokenId], Field(max_length=validation.MAX_STOP_TOKENS)] | None
+        Annotated[Entries[TokenId], Field(max_length=validation.MAX_STOP_TOKENS)] | None
     ) = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
@@ -114,7 +131,7 @@ class GenerationBody(BaseModel):
     structured_outputs: StructuredOutputs | None = None
     guided_json: str | dict[str, Any] | None = Field(default=None, json_schema_extra=DEPRECATED)
     guided_regex: Text | None = Field(default=None, json_schema_extra=DEPRECATED)
-    guided_choice: Annotated[list[Text], Field(min_length=1)] | None = Field(
+    guided_choice: Annotated[Entries[Text], Field(min_length=1)] | None = Field(
         default=None, json_schema_extra=DEPRECATED
     )
     guided_grammar: Text | None = Field(default=None, json_schema_extra=DEPRECATED)
@@ -123,8 +140,8 @@ class GenerationBody(BaseModel):
     use_beam_search: Literal[False] | None = None
     length_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
     truncate_prompt_tokens: None = None
-    bad_words: Annotated[list[str], Field(max_length=0)] | None = None
-    allowed_token_ids: Annotated[list[int], Field(max_length=0)] | None = None
+    bad_words: Annotated[Entries[str], Field(max_length=0)] | None = None
+    allowed_token_ids: Annotated[Entries[int], Field(max_length=0)] | None = None
     logits_processors: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @property
@@ -194,7 +211,7 @@ class GenerationBody(BaseModel):
             "constraint": names.get("constraint", "constraint"),
         }
         return InvalidRequest(
-            *(Violation(_name(fault.field, known), fault.description) for fault in error.violations)
+            *(replace(fault, field=_name(fault.field, known)) for fault in error.violations)
         )
 
 

@@ -49,7 +49,16 @@ class JsonRoute(APIRoute):
             if self.body_field is not None and not _is_json(request):
                 given = request.headers.get("content-type", "")
                 raise HTTPException(415, f"content-type {given!r}: send JSON, as application/json")
-            return await handle(JsonRequest(request.scope, request.receive))
+            coding = request.headers.get("content-encoding", "identity")
+            if coding.lower() != "identity":
+                raise HTTPException(415, f"content-encoding {coding!r}: send the body as it is")
+            try:
+                return await handle(JsonRequest(request.scope, request.receive))
+            except RecursionError:
+                # Templates, schemas and calls are walked by many hands.
+                raise HTTPException(
+                    400, "the body holds something that is nested too deeply: make it flatter"
+                ) from None
 
         return handle_json
 

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from deploy.conversation import Conversation
-from deploy.edge.http.chat_body import Message, Tool
-from deploy.edge.http.fields import TokenId
+from deploy.edge.http.chat_body import MOST_TOOLS, Messages, Tool
+from deploy.edge.http.fields import Entries, TokenId
 from deploy.edge.http.openapi import answers_with
 from deploy.edge.http.replies import Detokenized, Tokens
 from deploy.edge.http.route import JsonRoute
@@ -36,9 +36,9 @@ class ChatTokens(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     model: str | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[Entries[Tool], Field(max_length=MOST_TOOLS)] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
@@ -50,7 +50,7 @@ class DetokenizeBody(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    tokens: Annotated[list[TokenId], Field(max_length=_MOST_TOKENS)]
+    tokens: Annotated[Entries[TokenId], Field(max_length=_MOST_TOKENS)]
     model: str | None = None
 
 
