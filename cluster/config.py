@@ -34,6 +34,8 @@ class ClusterConfig(BaseModel):
     `dtype` is that of hidden states, KV cache and the weights that are not quantised;
     `quantization` says which are (`shards/quantization/choice.py`): by default those that the
     checkpoint has so, in its own blocks.
+    Within ten minutes, ranks that are lost are replaced up to `recoveries` times; beyond that, and
+    with 0 at once, the copy is NOT_READY and its streams end.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -62,6 +64,7 @@ class ClusterConfig(BaseModel):
     max_queued_tokens: Annotated[int, Field(ge=0)] = 1_000_000
     start_timeout_s: Annotated[float, Field(gt=0)] = 600
     step_timeout_s: Annotated[float, Field(gt=0)] = 60
+    recoveries: Annotated[int, Field(ge=0)] = 3
 
     @model_validator(mode="before")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import select
@@ -22,8 +23,8 @@ from shards.grammar_sandbox import Tokenizer, Trial, Verdict
 # Between the parts of a JSON text: nothing, a space, or a new line and its indentation. Small
 # models left to themselves can fill a context with white space.
 _JSON_WHITESPACE = r"[ ]|\n[ \t]{0,20}"
-# Grammars found good that are not tried again.
-_GOOD_KEPT = 256
+# Grammars that are not tried again.
+_VERDICTS_KEPT = 256
 # Of a process that says nothing: it is stopped, or the machine has no time for it.
 _PATIENCE_MS = 30_000
 
@@ -90,7 +91,9 @@ class ConstraintChecker:
         self._lock = threading.Lock()
         self._sandbox: subprocess.Popen[bytes] | None = None
         self._unsupported = ""
-        self._good: OrderedDict[str, None] = OrderedDict()
+        self._closed = False
+        # What is wrong with grammars, "" for those that are good, by their SHA-256.
+        self._faults: OrderedDict[bytes, str] = OrderedDict()
 
     def check(self, request: Request) -> None:
         """Raise `InvalidRequest` if the request's constraint cannot be held to, or if what was
@@ -101,15 +104,7 @@ class ConstraintChecker:
             return
         grammar = to_grammar(constraint)
         with self._lock:
-            if not request.generated and grammar in self._good:
-                self._good.move_to_end(grammar)
-                return
-            verdict = self._try(Trial(grammar, list(request.generated)))
-            if not verdict.fault:
-                self._good[grammar] = None
-                if len(self._good) > _GOOD_KEPT:
-                    self._good.popitem(last=False)
-                return
+            verdict = self._judged(Trial(grammar, list(request.generated)))
         if verdict.position >= 0:
             raise InvalidRequest(
                 Violation(
@@ -118,27 +113,50 @@ class ConstraintChecker:
                     "generated",
                 )
             )
-        raise _refused(constraint, verdict.fault)
+        if verdict.fault:
+            raise _refused(constraint, verdict.fault)
 
     def close(self) -> None:
-        """End the process. Idempotent."""
-        with self._lock:
+        """End the process, also while it tries something out: `check` raises `Unavailable` then and
+        from here on. Waits for no trial. Idempotent."""
+        self._closed = True
+        if self._lock.acquire(blocking=False):
             self._end()
+            self._lock.release()
+        elif (sandbox := self._sandbox) is not None:
+            sandbox.kill()  # and whoever waits for its answer buries it
+
+    def _judged(self, trial: Trial) -> Verdict:
+        """What is known of the grammar, or what a trial says."""
+        key = hashlib.sha256(trial.grammar.encode(errors="surrogatepass")).digest()
+        known = self._faults.get(key)
+        if known is not None and (known or not trial.tokens):
+            self._faults.move_to_end(key)
+            return Verdict(known)
+        verdict = self._try(trial)
+        # Tokens can be what takes a trial too long.
+        if not verdict.fault or not trial.tokens:
+            self._faults[key] = verdict.fault
+            if len(self._faults) > _VERDICTS_KEPT:
+                self._faults.popitem(last=False)
+        return verdict
 
     def _try(self, trial: Trial) -> Verdict:
         try:
-            return self._judged(trial)
+            return self._asked(trial)
         except OSError:  # somebody ended it
             self._end()
         try:
-            return self._judged(trial)
+            return self._asked(trial)
         except OSError as error:
             self._end()
             raise Unavailable(
                 f"no process can be had to try the constraint out in ({error}): try again later"
             ) from error
 
-    def _judged(self, trial: Trial) -> Verdict:
+    def _asked(self, trial: Trial) -> Verdict:
+        if self._closed:
+            raise Unavailable("constraints are tried out no more: the server is shutting down")
         if self._sandbox is None and not self._unsupported:
             self._start()
         if self._unsupported:
@@ -168,6 +186,8 @@ class ConstraintChecker:
         assert sandbox is not None
         assert sandbox.stdin is not None
         assert sandbox.stdout is not None
+        if self._closed:  # since before it was started, so that nobody else has ended it
+            raise BrokenPipeError("the checker is closed")
         sandbox.stdin.write(msgspec.json.encode(question) + b"\n")
         sandbox.stdin.flush()
         waiting = select.poll()

@@ -107,7 +107,7 @@ class Driver:
                     launcher, on_progress, lambda: self._take_codec(codec.result())
                 )
         except BaseException as error:
-            self._lose(str(error) or type(error).__name__)
+            self._enter(HealthState.NOT_READY, str(error) or type(error).__name__)
             if self._group is None:
                 launcher.stop(0)
             else:
@@ -128,18 +128,18 @@ class Driver:
             group,
             self._scheduler,
             step_timeout_s=config.step_timeout_s,
+            recoveries=config.recoveries,
             on_end=self._forget,
-            on_lost=self._lose,
+            on_state=self._enter,
         )
-        self._ranks = tuple(rank_info(self.blueprint, group, rank) for rank in range(group.world))
-        self._whole = _Whole(HealthState.READY, "", time.time())
+        self._enter(HealthState.READY, "")
         self._loop.start()
 
     def stop(self) -> None:
         """End every stream and every rank. Idempotent."""
         if self._loop is not None:
             self._loop.stop()
-        self._lose(STOPPING)
+        self._enter(HealthState.NOT_READY, STOPPING)
 
     def submit(self, request: Request) -> EventStream:
         with self._admission:  # what comes for this id from now on comes after its beginning
@@ -220,6 +220,11 @@ class Driver:
         state, cause = whole.state, whole.cause
         if state is HealthState.STARTING and known.loaded is not None:
             state, cause = HealthState.READY, ""
+        elif state is HealthState.DEGRADED:
+            if known.loaded is None:
+                state, cause = HealthState.STARTING, f"{cause}; its replacement is starting"
+            else:
+                cause = f"waits for the group to be rebuilt: {cause}"
         elif group.lost is not None and group.lost.rank not in (None, rank):
             cause = f"computes nothing without rank {group.lost.rank}"
         host, pid = ("", 0) if known.hello is None else (known.hello.host, known.hello.pid)
@@ -277,9 +282,15 @@ class Driver:
     def _forget(self, request_id: str) -> None:
         self._samples.pop(request_id, None)
 
-    def _lose(self, cause: str) -> None:
-        if self._whole.state is not HealthState.NOT_READY:
-            self._whole = _Whole(HealthState.NOT_READY, cause, time.time())
+    def _enter(self, state: HealthState, cause: str) -> None:
+        """From NOT_READY nothing leads back. An outage begins with its first cause."""
+        if self._whole.state in (HealthState.NOT_READY, state):
+            return
+        group = self._group
+        if state is HealthState.READY and group is not None:
+            ranks = range(group.world)
+            self._ranks = tuple(rank_info(self.blueprint, group, rank) for rank in ranks)
+        self._whole = _Whole(state, cause, time.time())
 
     def _load_codec(self) -> TextCodec | None:
         source, config = self.blueprint.source, self.blueprint.config

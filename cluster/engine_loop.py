@@ -2,7 +2,8 @@
 
 It owns the scheduler, the jobs and, once started, the rank group. Everybody else leaves a note in
 its inbox and wakes it. Of a request it holds prompt, generated tokens, parameters and seed, which
-is all that is needed to compute it again; no tensor, no text.
+is all that is needed to compute it again; no tensor, no text. So when ranks are lost and the group
+is rebuilt, every request goes on from there, and its reader notices nothing but a pause.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from dataclasses import dataclass
 import structlog
 
 from cluster.beams import Beam
-from cluster.errors import NoToken, Unavailable
+from cluster.diagnosis import RanksLost
+from cluster.errors import Abandoned, NoToken, Unavailable
 from cluster.jobs import Job, Sample
-from cluster.rank_group import RankGroup, RanksLost
-from cluster.request import FinishReason, TokenEvent
+from cluster.rank_group import RankGroup
+from cluster.recovery import Recoveries
+from cluster.request import FinishReason, HealthState, TokenEvent
 from cluster.scheduler import Scheduler
 from cluster.sequence import Sequence
 from shards.contract import NO_TOKEN, PhaseSeconds, Sampled, StepPlan, StepResult
@@ -62,7 +65,8 @@ class EngineLoop:
     """Runs jobs on a rank group until `stop`, or until the group is lost.
 
     Methods of the first half are for any thread, and none of them blocks but `stop`; `on_end` is
-    told the id of every job that has ended, `on_lost` why the group is gone.
+    told the id of every job that has ended; `on_state` that the group is being rebuilt (DEGRADED),
+    computes again (READY) or is gone (NOT_READY), and why.
     """
 
     def __init__(
@@ -71,8 +75,9 @@ class EngineLoop:
         scheduler: Scheduler,
         *,
         step_timeout_s: float,
+        recoveries: int,
         on_end: Callable[[str], None],
-        on_lost: Callable[[str], None],
+        on_state: Callable[[HealthState, str], None],
     ) -> None:
         self.steps = 0
         self.generated_tokens = 0
@@ -82,13 +87,16 @@ class EngineLoop:
         self._scheduler = scheduler
         self._step_timeout_s = step_timeout_s
         self._on_end = on_end
-        self._on_lost = on_lost
+        self._on_state = on_state
+        self._recoveries = Recoveries(recoveries)
+        self._lost_at: float | None = None  # while the group is being rebuilt
         self._inbox: deque[Callable[[], None]] = deque()
         self._stopping = False
         self._closing = threading.Lock()
         self._lost: str | None = None
         self._jobs: dict[str, Job] = {}
         self._samples: dict[Sequence, Sample] = {}
+        self._suspects: dict[str, Job] = {}  # the first may run, the others wait for it
         self._unstarted: list[Sample] = []
         self._deadlines: list[tuple[float, str]] = []
         self._sent: deque[float] = deque()
@@ -159,19 +167,17 @@ class EngineLoop:
             while not self._stopping:
                 self._work_through_inbox()
                 self._expire(time.monotonic())
-                self._send_plans()
-                for result in self._group.poll(self._patience()):
-                    self._commit(result)
-                self._answer_askers()
-                if self._overdue():
-                    raise self._group.stuck(self._step_timeout_s)
+                try:
+                    self._compute()
+                except RanksLost as lost:
+                    self._recover(lost)
         except RanksLost as lost:
             cause = str(lost)
             log.error("shard group lost", cause=cause, rank=lost.rank)
         except Exception as error:
             cause = f"the driver failed: {error}"
             log.exception("driver failed")
-        self._on_lost(cause)
+        self._on_state(HealthState.NOT_READY, cause)
         with self._closing:
             self._lost = cause
         self._work_through_inbox()
@@ -181,12 +187,74 @@ class EngineLoop:
             asker.set_result(None)
         self._group.stop()
 
+    def _compute(self) -> None:
+        if self._group.ready:
+            self._send_plans()
+        for result in self._group.poll(self._patience()):
+            self._commit(result)
+        self._answer_askers()
+        if self._overdue():
+            raise self._group.stuck(self._step_timeout_s)
+        if self._lost_at is not None and self._group.ready:
+            seconds, self._lost_at = time.monotonic() - self._lost_at, None
+            log.info("shard group rebuilt", epoch=self._group.epoch, seconds=round(seconds, 3))
+            self._on_state(HealthState.READY, "")
+
+    def _recover(self, lost: RanksLost) -> None:
+        """Have the group rebuilt, and every job computed again from what is known of it."""
+        now = time.monotonic()
+        if lost.final or not self._recoveries.take(now):
+            first = self._group.lost
+            if self._lost_at is None or first is None:
+                raise lost
+            raise RanksLost(f"{first}; and then: {lost}", first.rank) from lost
+        log.warning("ranks lost", cause=str(lost), replaced=lost.replace, epoch=self._group.epoch)
+        self._lost_at = self._lost_at or now
+        self._suspect(lost, now)
+        self._sent.clear()
+        self._sampled.clear()
+        self._scheduler.reset(self._group.epoch + 1)
+        self._group.rebuild(lost)
+        self._on_state(HealthState.DEGRADED, str(self._group.lost or lost))
+
+    def _suspect(self, lost: RanksLost, now: float) -> None:
+        """Any job whose step was lost may be what took the rank along. So they start again one by
+        one, and who is lost at it a second time ends."""
+        flight = [self._samples[s] for s in self._scheduler.in_flight() if s in self._samples]
+        jobs = {sample.job.request.id: sample.job for sample in flight}
+        for request_id, job in sorted(jobs.items(), key=lambda item: item[1].arrived):
+            if not job.suspicion.confirm(now):
+                self._suspects.setdefault(request_id, job)
+                continue
+            job.stream.end(
+                Abandoned(
+                    f"request {request_id} was being computed when ranks were lost, again and "
+                    f"again; it is not tried once more ({lost})"
+                )
+            )
+            self._drop_job(request_id)
+        for sample in (s for job in self._suspects.values() for s in job.samples):
+            sample.sequence.held = True
+        self._release_suspect()
+
+    def _release_suspect(self) -> None:
+        for sample in next(iter(self._suspects.values())).samples if self._suspects else ():
+            sample.sequence.held = False
+
+    def _clear(self, job: Job) -> None:
+        """A job that got a token, or has ended, holds up no other suspect."""
+        job.suspicion.clear()
+        if self._suspects.pop(job.request.id, None) is not None:
+            for sample in job.samples:
+                sample.sequence.held = False
+            self._release_suspect()
+
     def _work_through_inbox(self) -> None:
         while self._inbox:
             self._inbox.popleft()()
 
     def _ask_ranks(self, asker: Future[None]) -> None:
-        if not self._askers and self._lost is None:
+        if not self._askers and self._lost is None and self._group.ready:
             self._group.ask()
         self._askers.append(asker)
 
@@ -227,6 +295,7 @@ class EngineLoop:
             sample = self._samples.get(sequence)
             if sample is None:  # its job has just been given up
                 continue
+            self._clear(sample.job)
             if sampled.token == NO_TOKEN:
                 self._give_up(sample.job, sampled)
                 continue
@@ -366,6 +435,7 @@ class EngineLoop:
         job = sample.job
         if not job.open_samples:
             del self._jobs[job.request.id]
+            self._clear(job)
             log.debug("request ended", request_id=job.request.id)
             job.stream.end()
             self._on_end(job.request.id)

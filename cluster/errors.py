@@ -39,5 +39,10 @@ class Unavailable(HeadwiseError):
     """The shard group cannot compute just now; says which rank and why. -> UNAVAILABLE"""
 
 
+class Abandoned(HeadwiseError):
+    """A request whose steps were lost with a rank again and again; it may be what takes them along,
+    so nobody should send it on to other ranks. -> INTERNAL"""
+
+
 class StartupError(HeadwiseError):
     """The cluster could not be started: too few devices, a rank that died while loading."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from cluster.beams import Beam, BeamSearch, Finished
 from cluster.constraints import to_grammar
+from cluster.recovery import Suspicion
 from cluster.request import (
     BeamParams,
     FinishReason,
@@ -197,6 +198,7 @@ class Job:
         self.request = request
         self.stream = stream
         self.arrived = time.monotonic()
+        self.suspicion = Suspicion()
         self.end_tokens = frozenset(request.stopping.token_ids) | (
             frozenset() if request.stopping.ignore_eos else frozenset(eos_token_ids)
         )

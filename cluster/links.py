@@ -78,30 +78,37 @@ class RankLinks:
     """Listens for `world` ranks, then speaks with them.
 
     `host` None listens in the abstract unix namespace (ranks on this machine), else on a free TCP
-    port of that address. `address` and `token` are what a rank needs to connect. One thread calls
-    everything but `wake`, which any thread may call to end a `poll` early.
+    port of that address. `address` and `token` are what a rank needs to connect, or one that takes
+    the place of another (`expect`). One thread calls everything but `wake`, which any thread may
+    call to end a `poll` early.
     """
 
     def __init__(self, world: int, host: str | None = None) -> None:
         self.world = world
         self.token = secrets.token_hex(16)
+        self._tokens = [self.token] * world
+        self._host = host
         self._links: dict[int, _Link] = {}
         self._strangers: list[_Stranger] = []
         self._selector = selectors.DefaultSelector()
         self._ringing = threading.Lock()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector.register(self._bell, selectors.EVENT_READ)
-        if host is None:
-            name = f"headwise-{os.getpid()}-{secrets.token_hex(8)}"
-            self._listener: socket.socket | None = socket.socket(socket.AF_UNIX)
-            self._listener.bind(f"\0{name}")
-            self._listener.listen(world)
-            self.address = f"unix:{name}"
-        else:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            self._listener = socket.create_server((host, 0), family=family, backlog=world)
-            self.address = f"tcp:{host}:{self._listener.getsockname()[1]}"
-        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._listener: socket.socket | None = None
+        self.address = ""
+        self._listen()
+
+    def expect(self, rank: int) -> None:
+        """Give up the connection of `rank`; another process may connect in its place, by the
+        `address` and `token` as they are from now on."""
+        link = self._links.pop(rank, None)
+        if link is not None:
+            self._selector.unregister(link.sock)
+            link.sock.close()
+        # Its predecessor may be stopped before it said a word, and go on one day.
+        self.token = self._tokens[rank] = secrets.token_hex(16)
+        if self._listener is None:
+            self._listen()
 
     def hello(self, rank: int) -> Hello | None:
         """What a connected rank said of itself."""
@@ -146,6 +153,12 @@ class RankLinks:
             self._send_away(stranger)
         return found
 
+    def refuse(self) -> None:
+        """Listen no more, and send away who has not said who it is."""
+        self._stop_listening()
+        for stranger in tuple(self._strangers):
+            self._send_away(stranger)
+
     def close(self) -> None:
         """Close every socket; ranks take it as their end. Idempotent."""
         if self._bell < 0:
@@ -162,6 +175,20 @@ class RankLinks:
             os.close(self._bell)
             self._bell = -1
 
+    def _listen(self) -> None:
+        if self._host is None:
+            name = f"headwise-{os.getpid()}-{secrets.token_hex(8)}"
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(f"\0{name}")
+            listener.listen(self.world)
+            self.address = f"unix:{name}"
+        else:
+            family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+            listener = socket.create_server((self._host, 0), family=family, backlog=self.world)
+            self.address = f"tcp:{self._host}:{listener.getsockname()[1]}"
+        self._listener = listener
+        self._selector.register(listener, selectors.EVENT_READ)
+
     def _accept(self, listener: socket.socket) -> None:
         sock, _ = listener.accept()
         sock.setblocking(False)
@@ -177,8 +204,8 @@ class RankLinks:
         hello = messages[0] if messages else None
         if (
             not isinstance(hello, Hello)
-            or not hmac.compare_digest(hello.token.encode(), self.token.encode())
             or not 0 <= hello.rank < self.world
+            or not hmac.compare_digest(hello.token.encode(), self._tokens[hello.rank].encode())
             or hello.rank in self._links
         ):
             self._send_away(stranger)

@@ -1,4 +1,4 @@
-"""The ranks of one model copy as one thing: formed, sent plans, asked for results, stopped.
+"""The ranks of one model copy as one thing: formed, sent plans, asked for results, rebuilt.
 
 Who starts the ranks is the launcher's affair (`cluster/shard_group.py` uses Ray); everything else
 about them, from the first greeting to the reason of their death, is here. No ray, no tensors.
@@ -10,8 +10,9 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+from cluster.diagnosis import RanksLost, RankState, find_cause, name_of
 from cluster.errors import StartupError
 from cluster.links import RankGone, RankLinks
 from shards.collectives.segment import abort_segment, create_segment
@@ -22,6 +23,8 @@ from shards.contract import (
     Hello,
     Join,
     Joined,
+    Leave,
+    Left,
     Loaded,
     Progress,
     Query,
@@ -31,23 +34,20 @@ from shards.contract import (
     Stop,
     Tokenizer,
 )
-from shards.errors import HeadwiseError, NotEnoughMemory
+from shards.errors import NotEnoughMemory
 
 # A slot holds one rank's part of a collective; a larger tensor goes through it piece by piece.
 _SEGMENT_BYTES = 4 << 20
 # After the first sign of trouble, how long to listen for what the other ranks have to say of it.
 _DIAGNOSIS_S = 1.0
+# Once a rank is known to be dead: its death notice, and who died with it.
+_DEATHS_S = 0.2
+# How long a rank may take out of a step whose collective was aborted: the rest of a layer.
+_LEAVE_S = 10.0
+_REBUILD_TICK_S = 0.5
 
 OnProgress = Callable[[str, int, int], None]
 """What is being done, and how much of how much: ("loading weights", bytes, bytes)."""
-
-
-class RanksLost(HeadwiseError):
-    """The group cannot compute any more; `rank` is the one at fault, where that is known."""
-
-    def __init__(self, cause: str, rank: int | None) -> None:
-        super().__init__(cause)
-        self.rank = rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +78,13 @@ class Launcher(Protocol):
         """Start a rank for each config; it connects to `links`. A death wakes the links."""
         ...
 
+    def replace(self, shard: ShardConfig, links: RankLinks, process: Hello | None) -> None:
+        """End a rank's process, also one that is stopped, and start another in its room; does not
+        wait for either. `process` is what the one to end said of itself."""
+        ...
+
     def deaths(self) -> dict[int, str]:
-        """The ranks that have ended, and why."""
+        """The ranks that have ended and were not replaced, and why."""
         ...
 
     def stop(self, grace_s: float) -> None:
@@ -88,27 +93,32 @@ class Launcher(Protocol):
 
 
 @dataclass(slots=True)
-class RankState:
-    """What is known of one rank."""
-
-    hello: Hello | None = None
-    loaded: Loaded | None = None
-    progress: tuple[int, int] = (0, 0)
-    status: RankStatus | None = None
-    failure: Failure | None = None
-    gone: bool = False
-
-
-@dataclass(slots=True)
 class _Epoch:
     number: int
     segment: int | None = None
-    store: object | None = None
+    store: Any = None  # torch's TCPStore, for process groups
     joined: set[int] = field(default_factory=set)
 
 
+@dataclass(slots=True)
+class _Rebuild:
+    """Until when every rank must hold its weights and have joined, and until when the survivors
+    must have left `epoch`; whether the next one is being `formed`."""
+
+    epoch: int
+    deadline: float
+    leave_by: float
+    replaced: frozenset[int]
+    formed: bool = False
+
+
 class RankGroup:
-    """`world` ranks that compute together. One thread calls everything but `wake`."""
+    """`world` ranks that compute together. One thread calls everything but `wake`.
+
+    When `poll` raises `RanksLost`, `rebuild` replaces the ranks at fault around those that are
+    left: they keep their process and their weights, and all form a new epoch with an empty cache.
+    Further calls of `poll` see to it until the group is `ready`.
+    """
 
     def __init__(
         self,
@@ -124,7 +134,7 @@ class RankGroup:
         self.world = world
         self.states = [RankState() for _ in range(world)]
         self.blocks = 0
-        self.lost: RanksLost | None = None
+        self.lost: RanksLost | None = None  # the first cause of the outage
         self._launcher = launcher
         self._collective = collective
         self._block_bytes = tuple(block_bytes)
@@ -132,11 +142,20 @@ class RankGroup:
         self._start_timeout_s = start_timeout_s
         self._links: RankLinks | None = None
         self._epoch = _Epoch(0)
+        self._rebuild: _Rebuild | None = None
+        self._placement = Placement((), None)
+        self._shards: tuple[ShardConfig, ...] = ()
+        self._tokenizer: Tokenizer | None = None
         self._asked: set[int] = set()
 
     @property
     def epoch(self) -> int:
         return self._epoch.number
+
+    @property
+    def ready(self) -> bool:
+        """Every rank is in the epoch."""
+        return self._rebuild is None
 
     def start(
         self,
@@ -152,16 +171,16 @@ class RankGroup:
         """
         report = on_progress or (lambda what, done, total: None)
         deadline = time.monotonic() + self._start_timeout_s
+        self._placement, self._shards = placement, tuple(shards)
         self._links = RankLinks(self.world, placement.listen)
         report("starting ranks", 0, self.world)
         self._launcher.launch(shards, self._links)
         self._await(lambda state: state.hello is not None, "start", deadline, report)
         self._await(lambda state: state.loaded is not None, "load its weights", deadline, report)
         self.blocks = self._blocks_that_fit()
-        known = tokenizer()
-        if known is not None:
-            self._links.send(known, rank=0)
-        self._form_epoch(placement)
+        self._tokenizer = tokenizer()
+        self._tell_tokenizer()
+        self._form_epoch()
         self._await(
             lambda state: state.hello is not None and state.hello.rank in self._epoch.joined,
             "join the group",
@@ -183,16 +202,41 @@ class RankGroup:
         return not self._asked
 
     def poll(self, timeout_s: float | None) -> list[StepResult]:
-        """Results that have arrived; waits at most `timeout_s`. Raises `RanksLost`."""
+        """Results of this epoch that have arrived; waits at most `timeout_s`. Raises `RanksLost`,
+        but not before what the ranks computed until then was returned."""
+        if self._trouble():
+            timeout_s = 0
+        elif self._rebuild is not None:
+            timeout_s = _REBUILD_TICK_S if timeout_s is None else min(timeout_s, _REBUILD_TICK_S)
         results = []
         for message in self._open_links().poll(timeout_s):
             if isinstance(message, StepResult):
-                results.append(message)
+                if self.ready:
+                    results.append(message)
             else:
                 self._take(message)
-        if self._trouble():
+        if self._trouble() and not results:
             raise self._diagnose()
+        if self._rebuild is not None:
+            self._go_on(self._rebuild)
         return results
+
+    def rebuild(self, lost: RanksLost) -> None:
+        """Begin the next epoch: end and start anew the ranks that `lost` names, and have the others
+        leave this one. Does not block. Until it is `ready`, nothing can be sent."""
+        now = time.monotonic()
+        deadline = now + self._start_timeout_s if self._rebuild is None else self._rebuild.deadline
+        unformed = self._rebuild is not None and not self._rebuild.formed
+        before = self._rebuild.replaced if self._rebuild is not None and unformed else frozenset()
+        replaced = before | set(lost.replace)
+        self._rebuild = _Rebuild(self.epoch, deadline, now + _LEAVE_S, replaced)
+        self._asked.clear()
+        for rank in lost.replace:
+            self._open_links().expect(rank)
+            process, self.states[rank] = self.states[rank].hello, RankState()
+            self._launcher.replace(self._shards[rank], self._open_links(), process)
+        for state in self.states:
+            state.failure = None
 
     def wake(self) -> None:
         """End a `poll` early; from any thread."""
@@ -202,9 +246,10 @@ class RankGroup:
     def stuck(self, seconds: float) -> RanksLost:
         """The error for a step that nobody answered: asks the ranks for the reason."""
         lost = self._diagnose()
-        if lost.rank is not None:
-            return lost
-        return RanksLost(f"no rank answered a step within {seconds:g} s", None)
+        if lost.rank is None or self.world == 1:
+            cause = f"no rank answered a step within {seconds:g} s"
+            lost = self.lost = RanksLost(cause, lost.rank, lost.replace, final=lost.final)
+        return lost
 
     def stop(self, grace_s: float = 2.0) -> None:
         """Let the ranks leave, end those that do not, and give everything back. Idempotent."""
@@ -212,6 +257,7 @@ class RankGroup:
         if self._links is not None:
             self._links.send(Stop())
             self._links.poll(0)
+            self._links.refuse()
         self._launcher.stop(grace_s)
         if self._links is not None:
             self._links.close()
@@ -237,9 +283,11 @@ class RankGroup:
             case RankStatus():
                 state.status = message
                 self._asked.discard(message.rank)
+            case Left():
+                state.left = message.epoch
             case Joined() if message.epoch == self._epoch.number:
                 self._epoch.joined.add(message.rank)
-            case Failure():
+            case Failure() if not (message.stays and self._is_leaving(message.rank)):
                 state.failure = message
             case RankGone():
                 state.gone = True
@@ -276,41 +324,64 @@ class RankGroup:
         )
 
     def _diagnose(self) -> RanksLost:
-        self.lost = self._find_cause()
-        return self.lost
-
-    def _find_cause(self) -> RanksLost:
-        """Free the survivors from their collective, hear everyone, and name the first cause.
-
-        A rank that vanished without a word is the likeliest cause; then one that reports an error
-        of its own; then one that others wait for in vain.
-        """
+        """Free the survivors from their collective, hear everyone, and name the cause."""
+        links, began = self._open_links(), time.monotonic()
         self._abort_collective()
-        deadline = time.monotonic() + _DIAGNOSIS_S
-        links = self._open_links()
-        while (left := deadline - time.monotonic()) > 0:
-            if all(s.gone or s.failure is not None or s.hello is None for s in self.states):
+        links.send(Leave(self.epoch))
+        while True:
+            ended = [s.ended or r in self._launcher.deaths() for r, s in enumerate(self.states)]
+            patience = _DEATHS_S if any(s.gone for s in self.states) else _DIAGNOSIS_S
+            left = began + patience - time.monotonic()
+            silent = [
+                rank
+                for rank, state in enumerate(self.states)
+                if state.loaded is not None and state.left < self.epoch and not ended[rank]
+            ]
+            unexplained = any(
+                s.gone and s.failure is None and r not in self._launcher.deaths()
+                for r, s in enumerate(self.states)
+            )
+            if left <= 0 or not (silent or unexplained):
                 break
             for message in links.poll(left):
                 self._take(message)
-        deaths = self._launcher.deaths()
-        for rank, state in enumerate(self.states):
-            if state.failure is None and (state.gone or rank in deaths):
-                return RanksLost(f"{self._name(rank)} died ({deaths.get(rank, 'killed')})", rank)
-        failures = [s.failure for s in self.states if s.failure and not s.failure.aborted]
-        own = [failure for failure in failures if failure.suspect < 0]
-        if own:
-            return RanksLost(f"{self._name(own[0].rank)} failed: {own[0].message}", own[0].rank)
-        if failures:
-            suspect = failures[0].suspect
-            return RanksLost(
-                f"{self._name(suspect)} did not answer ({failures[0].message})", suspect
-            )
-        return RanksLost("the shard group stopped answering", None)
+        mute = [rank for rank in silent if self.states[rank].failure is None]
+        lost = find_cause(self.states, self._launcher.deaths(), mute)
+        if self.lost is None:
+            self.lost = lost
+        return lost
 
-    def _name(self, rank: int) -> str:
-        hello = self.states[rank].hello
-        return f"rank {rank}" if hello is None else f"rank {rank} (pid {hello.pid}, {hello.host})"
+    def _is_leaving(self, rank: int) -> bool:
+        """Its errors are those of an epoch that is known to have ended."""
+        rebuild = self._rebuild
+        return rebuild is not None and not rebuild.formed and self.states[rank].left < rebuild.epoch
+
+    def _go_on(self, rebuild: _Rebuild) -> None:
+        """Take the next step of a rebuild, where it is due. Raises `RanksLost`."""
+        now = time.monotonic()
+        loading = [rank for rank, state in enumerate(self.states) if state.loaded is None]
+        if now >= rebuild.deadline:
+            late = loading or sorted(set(range(self.world)) - self._epoch.joined)
+            what = "load its weights" if loading else "join the group"
+            cause = f"{name_of(late[0], self.states)} did not {what}"
+            raise RanksLost(f"{cause} within {self._start_timeout_s:g} s", late[0], final=True)
+        if rebuild.formed:
+            if len(self._epoch.joined) == self.world:
+                self._rebuild = self.lost = None
+            return
+        staying = [
+            rank
+            for rank, state in enumerate(self.states)
+            if rank not in rebuild.replaced and state.left < rebuild.epoch
+        ]
+        if staying and now >= rebuild.leave_by:
+            cause = f"{name_of(staying[0], self.states)} did not leave its step"
+            raise RanksLost(f"{cause} within {_LEAVE_S:g} s", staying[0], staying)
+        if not loading and not staying:
+            if 0 in rebuild.replaced:
+                self._tell_tokenizer()
+            self._form_epoch()
+            rebuild.formed = True
 
     def _blocks_that_fit(self) -> int:
         rooms = [0 if s.loaded is None else s.loaded.kv_bytes for s in self.states]
@@ -324,7 +395,11 @@ class RankGroup:
             )
         return min(fits[tightest], self._max_blocks)
 
-    def _form_epoch(self, placement: Placement) -> None:
+    def _tell_tokenizer(self) -> None:
+        if self._tokenizer is not None:
+            self._open_links().send(self._tokenizer, rank=0)
+
+    def _form_epoch(self) -> None:
         self._close_epoch()
         epoch = self._epoch = _Epoch(self._epoch.number + 1)
         rendezvous = ""
@@ -333,13 +408,17 @@ class RankGroup:
         elif self._collective in ("gloo", "nccl", "symmetric_memory"):
             from shards.collectives.rendezvous import host_store
 
-            epoch.store, rendezvous = host_store(placement.listen or "127.0.0.1")
+            epoch.store, rendezvous = host_store(self._placement.listen or "127.0.0.1")
         join = Join(epoch.number, self.blocks, rendezvous)
         self._open_links().send(join, epoch.segment)
 
     def _abort_collective(self) -> None:
         if self._epoch.segment is not None:
             abort_segment(self._epoch.segment)
+        if self._epoch.store is not None:
+            from shards.collectives.rendezvous import abort_epoch
+
+            abort_epoch(self._epoch.store, self._epoch.number)
 
     def _close_epoch(self) -> None:
         if self._epoch.segment is not None:

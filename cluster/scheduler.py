@@ -152,6 +152,15 @@ class Scheduler:
         sequence, _ = self._flights[result.step][slot]
         return None if sequence.finished else sequence
 
+    def in_flight(self) -> set[Sequence]:
+        """What the plans compute whose results are not back."""
+        return {
+            sequence
+            for flight in self._flights.values()
+            for sequence, _ in flight.values()
+            if not sequence.finished
+        }
+
     def reset(self, epoch: int) -> None:
         """Begin an epoch: the ranks hold no KV and no slots, and nothing in flight will come back.
 
@@ -303,7 +312,7 @@ class Scheduler:
         for sequence in tuple(self._waiting):
             if not draft.budget:
                 break
-            if self._awaits_leader(sequence):
+            if sequence.held or self._awaits_leader(sequence):
                 continue
             if self._whole_prompts and sequence.prompt_length > draft.budget:
                 break

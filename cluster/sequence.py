@@ -37,6 +37,7 @@ class Sequence:
     lockstep: bool = False
     resting: bool = False
     want_logits: bool = False
+    held: bool = False  # does not start until its caller says so
     slot: int | None = None  # None while waiting
     announced: bool = False  # the ranks know what is in the slot
     blocks: list[int] = field(default_factory=list)

@@ -18,14 +18,18 @@ import psutil
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from cluster.config import ClusterConfig
 from cluster.errors import StartupError
 from cluster.links import RankLinks
 from cluster.rank_group import Placement
-from shards.actor import ShardActor
+from shards.actor import ShardActor, end_process
 from shards.config import ShardConfig
+from shards.contract import Hello
 
 _PLACEMENT_TIMEOUT_S = 30.0
 _KILL_TIMEOUT_S = 1.0
@@ -122,10 +126,12 @@ class RayLauncher:
         self._given = group
         self._own: PlacementGroup | None = None
         self._first_bundle = first_bundle
-        self._actors: list[Any] = []
-        self._runs: list[ray.ObjectRef[None]] = []
+        self._nodes: tuple[str, ...] = ()
+        self._actors: dict[int, Any] = {}
+        self._runs: dict[int, ray.ObjectRef[None]] = {}
         self._deaths: dict[int, str] = {}
-        self._watcher: threading.Thread | None = None
+        self._noting = threading.Lock()
+        self._watchers: list[threading.Thread] = []
         self._links: RankLinks | None = None
 
     def place(self) -> Placement:
@@ -135,44 +141,64 @@ class RayLauncher:
         table = ray.util.placement_group_table(group)["bundles_to_node_id"]
         ranks = range(self._config.tensor_parallel)
         nodes = tuple(table[self._first_bundle + rank] for rank in ranks)
+        self._nodes = nodes
         if all(node == here for node in nodes):
             return Placement(nodes, listen=None)
         return Placement(nodes, listen=ray.util.get_node_ip_address())
 
     def launch(self, shards: Sequence[ShardConfig], links: RankLinks) -> None:
         self._links = links
-        group = self._given or self._own
         for shard in shards:
-            strategy = PlacementGroupSchedulingStrategy(
-                placement_group=group,
-                placement_group_bundle_index=self._first_bundle + shard.rank,
-            )
-            actor = ShardActor.options(  # type: ignore[attr-defined] # ray.remote made it
-                num_cpus=self._config.cpus_per_rank,
-                num_gpus=1 if self._config.device == "cuda" else 0,
-                scheduling_strategy=strategy,
-            ).remote(shard)
-            self._actors.append(actor)
-            self._runs.append(actor.run.remote(links.address, links.token))
-        self._watcher = threading.Thread(
-            target=self._watch, args=(tuple(self._runs), links), name="headwise-watch", daemon=True
+            self._start(shard, links)
+
+    def replace(self, shard: ShardConfig, links: RankLinks, process: Hello | None) -> None:
+        rank = shard.rank
+        with self._noting:  # whatever becomes of it is no news any more
+            del self._runs[rank]
+            noticed = self._deaths.pop(rank, None)
+        ray.kill(self._actors.pop(rank))
+        if process is not None:  # ray.kill leaves a stopped process alive, and its CPUs taken
+            if process.host == socket.gethostname():
+                end_process(process.pid)
+            elif noticed is None:
+                on_its_node = NodeAffinitySchedulingStrategy(self._nodes[rank], soft=False)
+                ray.remote(end_process).options(num_cpus=0, scheduling_strategy=on_its_node).remote(
+                    process.pid
+                )
+        self._start(shard, links)
+
+    def _start(self, shard: ShardConfig, links: RankLinks) -> None:
+        strategy = PlacementGroupSchedulingStrategy(
+            placement_group=self._given or self._own,
+            placement_group_bundle_index=self._first_bundle + shard.rank,
         )
-        self._watcher.start()
+        actor = ShardActor.options(  # type: ignore[attr-defined] # ray.remote made it
+            num_cpus=self._config.cpus_per_rank,
+            num_gpus=1 if self._config.device == "cuda" else 0,
+            scheduling_strategy=strategy,
+        ).remote(shard)
+        run = actor.run.remote(links.address, links.token)
+        self._actors[shard.rank], self._runs[shard.rank] = actor, run
+        watcher = threading.Thread(
+            target=self._watch, args=(shard.rank, run, links), name="headwise-watch", daemon=True
+        )
+        self._watchers = [other for other in self._watchers if other.is_alive()] + [watcher]
+        watcher.start()
 
     def deaths(self) -> dict[int, str]:
         return dict(self._deaths)
 
     def stop(self, grace_s: float) -> None:
         if self._runs:
-            ray.wait(self._runs, num_returns=len(self._runs), timeout=grace_s)
+            ray.wait(list(self._runs.values()), num_returns=len(self._runs), timeout=grace_s)
         processes = self._local_processes()
-        for actor in self._actors:
+        for actor in self._actors.values():
             ray.kill(actor)
         for process in psutil.wait_procs(processes, _KILL_TIMEOUT_S)[1]:
             process.kill()  # ray.kill leaves a stopped process alive
-        if self._watcher is not None:
-            self._watcher.join(grace_s)
-        self._actors, self._runs, self._watcher = [], [], None
+        for watcher in self._watchers:
+            watcher.join(grace_s)
+        self._actors, self._runs, self._watchers = {}, {}, []
         if self._own is not None:
             remove_placement_group(self._own)
             self._own = None
@@ -199,15 +225,15 @@ class RayLauncher:
             )
         return self._own
 
-    def _watch(self, runs: tuple[ray.ObjectRef[None], ...], links: RankLinks) -> None:
+    def _watch(self, rank: int, run: ray.ObjectRef[None], links: RankLinks) -> None:
         """A run's end is its rank's death notice, also where no socket tells (a lost node)."""
-        pending = list(runs)
-        while pending:
-            ended, pending = ray.wait(pending, num_returns=1)
-            for run in ended:
-                self._deaths[runs.index(run)] = _cause(run)
-            with contextlib.suppress(OSError):
-                links.wake()
+        cause = _cause(run)
+        with self._noting:
+            if self._runs.get(rank) is not run:
+                return
+            self._deaths[rank] = cause
+        with contextlib.suppress(OSError):
+            links.wake()
 
     def _local_processes(self) -> list[psutil.Process]:
         """The ranks' processes on this host."""

@@ -106,6 +106,13 @@ ERRORS = (
     ),
     (
         "`INTERNAL`",
+        "`RANKS_LOST`",
+        "ranks were lost again and again while this request was computed",
+        "",
+        "no",
+    ),
+    (
+        "`INTERNAL`",
         "`INTERNAL`",
         "a bug; the server's log tells more under `error_id`, of the `ErrorInfo`",
         "",

@@ -6,6 +6,9 @@ the one long call `run` is both the rank's life and, when its ref ends, its deat
 
 from __future__ import annotations
 
+import contextlib
+
+import psutil
 import ray
 
 from shards.config import ShardConfig
@@ -22,3 +25,11 @@ class ShardActor:
         from shards.worker import serve
 
         serve(self._config, address, token)
+
+
+def end_process(pid: int) -> None:
+    """SIGKILL a rank of this machine, also one that is stopped; not who has its number since."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        if "ShardActor" in " ".join(process.cmdline()):
+            process.kill()

@@ -187,6 +187,19 @@ class Joined(msgspec.Struct, frozen=True, array_like=True, tag="joined"):
     epoch: int
 
 
+class Leave(msgspec.Struct, frozen=True, array_like=True, tag="leave"):
+    """Drop the collective and the KV cache of an epoch, keep the weights, and wait for the next
+    `Join`. A rank inside a step hears of it when the step ends, which the driver's abort sees to.
+    """
+
+    epoch: int
+
+
+class Left(msgspec.Struct, frozen=True, array_like=True, tag="left"):
+    rank: int
+    epoch: int
+
+
 class Query(msgspec.Struct, frozen=True, array_like=True, tag="query"):
     """Ask a rank, between steps, for its `RankStatus`."""
 
@@ -204,9 +217,10 @@ class RankStatus(msgspec.Struct, frozen=True, array_like=True, tag="status"):
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True, tag="failure"):
-    """A rank gives up. `suspect` is the rank it blames (one that did not arrive), or -1.
-    `user_error`: the message alone is for the user; no trace is worth showing. `aborted`: it was
-    told to, because of another rank."""
+    """A rank gives up: its epoch, where `stays`, for the fault is in the collective, and it can
+    join another one; else its process. `suspect` is the rank it blames (one that did not arrive),
+    or -1. `user_error`: the message alone is for the user; no trace is worth showing. `aborted`: it
+    was told to, because of another rank."""
 
     rank: int
     message: str
@@ -214,14 +228,15 @@ class Failure(msgspec.Struct, frozen=True, array_like=True, tag="failure"):
     suspect: int = -1
     user_error: bool = False
     aborted: bool = False
+    stays: bool = False
 
 
 class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
     """Leave `run()` in an orderly way."""
 
 
-ToRank = StepPlan | Tokenizer | Join | Query | Stop
-FromRank = StepResult | Hello | Progress | Loaded | Joined | RankStatus | Failure
+ToRank = StepPlan | Tokenizer | Join | Leave | Query | Stop
+FromRank = StepResult | Hello | Progress | Loaded | Joined | Left | RankStatus | Failure
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_rank = msgspec.msgpack.Decoder(ToRank).decode

@@ -6,6 +6,7 @@ Runs in a Ray actor (`shards/actor.py`) or, in tests, on a thread: it needs a so
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 import time
@@ -26,6 +27,8 @@ from shards.contract import (
     Hello,
     Join,
     Joined,
+    Leave,
+    Left,
     Loaded,
     PhaseSeconds,
     Progress,
@@ -34,6 +37,7 @@ from shards.contract import (
     StepPlan,
     Stop,
     Tokenizer,
+    ToRank,
     decode_to_rank,
 )
 from shards.errors import CollectiveAborted, CollectiveError, HeadwiseError
@@ -61,6 +65,7 @@ class Worker:
         self._collective: Collective | None = None
         self._runner: Runner | None = None
         self._tokenizer: GrammarTokenizer | None = None
+        self._epoch = 0
         self._steps = 0
         self._seconds = PhaseSeconds()
 
@@ -90,32 +95,19 @@ class Worker:
         self._channel.send(Loaded(config.rank, held, room, time.perf_counter() - began, peak_rss()))
 
     def serve(self) -> None:
-        """Execute what the driver sends, until `Stop`."""
-        while True:
-            match decode_to_rank(self._channel.receive()):
-                case StepPlan() as plan:
-                    self._step(plan)
-                case Tokenizer() as tokenizer:
-                    # One that no grammar goes with leaves constrained requests unserved, which the
-                    # driver's side refuses.
-                    with contextlib.suppress(GrammarError):
-                        self._tokenizer = GrammarTokenizer(
-                            tokenizer.tokenizer_json, tokenizer.end_tokens
-                        )
-                case Join() as join:
-                    self._join(join)
-                case Query():
-                    self._channel.send(
-                        RankStatus(
-                            self._config.rank,
-                            self._steps,
-                            self._seconds,
-                            psutil.Process().memory_info().rss,
-                            {} if self._decoder is None else self._decoder.expert_loads(),
-                        )
-                    )
-                case Stop():
-                    return
+        """Execute what the driver sends, until `Stop`.
+
+        A collective that fails ends the epoch, not this rank: it waits, weights in hand, for the
+        driver to form the next one. Whatever else fails is raised.
+        """
+        while not isinstance(message := decode_to_rank(self._channel.receive()), Stop):
+            try:
+                self._obey(message)
+            except CollectiveError as error:
+                self._channel.send(_failure(self._config.rank, error))
+            else:
+                continue
+            self.close()  # only now: the error held on to what it went through
 
     def close(self) -> None:
         """Leave the epoch: drop the cache and the collective, keep the weights."""
@@ -123,6 +115,34 @@ class Worker:
         if self._collective is not None:
             self._collective.close()
             self._collective = None
+        gc.collect()  # the next epoch's cache needs the room of this one's
+
+    def _obey(self, message: ToRank) -> None:
+        match message:
+            case StepPlan() as plan:
+                self._step(plan)
+            case Tokenizer() as tokenizer:
+                # One that no grammar goes with leaves constrained requests unserved, which the
+                # driver's side refuses.
+                with contextlib.suppress(GrammarError):
+                    self._tokenizer = GrammarTokenizer(
+                        tokenizer.tokenizer_json, tokenizer.end_tokens
+                    )
+            case Join() as join:
+                self._join(join)
+            case Leave() as leave:
+                self.close()
+                self._channel.send(Left(self._config.rank, leave.epoch))
+            case Query():
+                self._channel.send(
+                    RankStatus(
+                        self._config.rank,
+                        self._steps,
+                        self._seconds,
+                        psutil.Process().memory_info().rss,
+                        {} if self._decoder is None else self._decoder.expert_loads(),
+                    )
+                )
 
     def _progress(self) -> Callable[[int, int], None]:
         last = 0.0
@@ -141,21 +161,24 @@ class Worker:
         if self._decoder is None:
             raise RuntimeError("asked to join an epoch before the weights are loaded")
         self.close()
+        self._epoch = join.epoch
         segment = None
         if config.collective == "shared_memory":
             segment = self._channel.receive_descriptor()
-        self._collective = collectives.connect(
-            config.collective,
-            rank=config.rank,
-            world=config.layout.world,
-            epoch=join.epoch,
-            deadline_s=config.deadline_s,
-            rendezvous=join.rendezvous,
-            segment=segment,
-            device=config.device,
-        )
-        if segment is not None:
-            os.close(segment)
+        try:
+            self._collective = collectives.connect(
+                config.collective,
+                rank=config.rank,
+                world=config.layout.world,
+                epoch=join.epoch,
+                deadline_s=config.deadline_s,
+                rendezvous=join.rendezvous,
+                segment=segment,
+                device=config.device,
+            )
+        finally:
+            if segment is not None:
+                os.close(segment)
         self._runner = Runner(
             self._decoder,
             self._kernels,
@@ -174,8 +197,10 @@ class Worker:
         self._channel.send(Joined(config.rank, join.epoch))
 
     def _step(self, plan: StepPlan) -> None:
-        if self._runner is None:
-            raise RuntimeError("asked for a step before joining an epoch")
+        if plan.epoch > self._epoch:
+            raise RuntimeError(f"asked for a step of epoch {plan.epoch} before joining it")
+        if self._runner is None or plan.epoch < self._epoch:
+            return  # it was under way when the epoch ended
         result = self._runner.execute(plan)
         self._steps += 1
         self._seconds = add(self._seconds, result.seconds)
@@ -192,6 +217,7 @@ def _failure(rank: int, error: BaseException) -> Failure:
         suspect,
         isinstance(error, HeadwiseError),
         isinstance(error, CollectiveAborted),
+        isinstance(error, CollectiveError),
     )
 
 
@@ -203,11 +229,12 @@ def serve(config: ShardConfig, address: str, token: str) -> None:
     threads = config.threads or max(1, len(os.sched_getaffinity(0)) // config.host_ranks)
     torch.set_num_threads(threads)
     channel = Channel(connect(address, _CONNECT_TIMEOUT_S))
+    # At once: what follows imports kernels, and nobody waits that long for a stranger's name.
+    channel.send(Hello(config.rank, token, socket.gethostname(), os.getpid()))
     worker = Worker(config, channel, threads)
     # Not over a network: its transport has threads of its own, which would inherit the core.
     own = cores.take(threads) if config.collective == "shared_memory" else None
     try:
-        channel.send(Hello(config.rank, token, socket.gethostname(), os.getpid()))
         worker.load()
         worker.serve()
     except ChannelClosed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -23,7 +23,7 @@ from shards import worker
 from shards.checkpoint.loader import load_shard
 from shards.collectives.local import ThreadGroup
 from shards.config import ShardConfig
-from shards.contract import Sampling, StepPlan, StepResult
+from shards.contract import Hello, Sampling, StepPlan, StepResult
 from shards.kernels import kernel_set
 from shards.kernels.base import KernelSet
 from shards.layout import make_layout
@@ -150,11 +150,12 @@ def generate(
 
 class ThreadLauncher:
     """Runs `shards.worker.serve` on threads: the driver, its sockets and the shared memory are the
-    production ones. `cut(rank)` ends one rank's socket, as a dying process would."""
+    production ones."""
 
     def __init__(self, world: int) -> None:
         self._world = world
         self._threads: list[threading.Thread] = []
+        self._current: dict[int, threading.Thread] = {}
         self._deaths: dict[int, str] = {}
 
     def place(self) -> Placement:
@@ -162,12 +163,25 @@ class ThreadLauncher:
 
     def launch(self, shards: Many[ShardConfig], links: RankLinks) -> None:
         for shard in shards:
-            shard = pickle.loads(pickle.dumps(shard))  # as it would reach another process
-            thread = threading.Thread(
-                target=self._run, args=(shard, links), name=f"rank-{shard.rank}", daemon=True
-            )
-            thread.start()
-            self._threads.append(thread)
+            self._start(shard, links)
+
+    def replace(self, shard: ShardConfig, links: RankLinks, process: Hello | None) -> None:
+        """The old thread has ended, or does when it hears that its socket is gone."""
+        self._current.pop(shard.rank)
+        self._deaths.pop(shard.rank, None)
+        self._start(shard, links)
+
+    def _start(self, shard: ShardConfig, links: RankLinks) -> None:
+        shard = pickle.loads(pickle.dumps(shard))  # as it would reach another process
+        thread = threading.Thread(
+            target=self._run,
+            args=(shard, links.address, links.token, links.wake),
+            name=f"rank-{shard.rank}",
+            daemon=True,
+        )
+        self._threads.append(thread)
+        self._current[shard.rank] = thread
+        thread.start()
 
     def deaths(self) -> dict[int, str]:
         return dict(self._deaths)
@@ -177,12 +191,13 @@ class ThreadLauncher:
             thread.join(10)
             assert not thread.is_alive(), f"{thread.name} did not leave"
 
-    def _run(self, shard: ShardConfig, links: RankLinks) -> None:
+    def _run(self, shard: ShardConfig, address: str, token: str, wake: Callable[[], None]) -> None:
         cause = "it left"
         try:
-            worker.serve(shard, links.address, links.token)
+            worker.serve(shard, address, token)
         except BaseException as error:
             cause = str(error)
-        self._deaths[shard.rank] = cause
-        with suppress(OSError):
-            links.wake()
+        if self._current.get(shard.rank) is threading.current_thread():
+            self._deaths[shard.rank] = cause
+            with suppress(OSError):
+                wake()

@@ -80,6 +80,9 @@ def serve(
     max_queued_tokens: Annotated[int | None, typer.Option()] = None,
     start_timeout_s: Annotated[float | None, typer.Option()] = None,
     step_timeout_s: Annotated[float | None, typer.Option()] = None,
+    recoveries: Annotated[
+        int | None, typer.Option(help="How often in ten minutes lost ranks are replaced.")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="0 takes any free one.")] = None,
     http_port: Annotated[

@@ -20,7 +20,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from cluster.errors import InvalidRequest, NoToken, Overloaded, Unavailable, Violation
+from cluster.errors import Abandoned, InvalidRequest, NoToken, Overloaded, Unavailable, Violation
 from shards.errors import HeadwiseError
 
 REQUEST_ID = "headwise-request-id"
@@ -98,6 +98,7 @@ _STATUSES: tuple[tuple[type[Exception], grpc.StatusCode, str], ...] = (
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     (Unavailable, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
     (NoToken, grpc.StatusCode.FAILED_PRECONDITION, "NO_TOKEN"),
+    (Abandoned, grpc.StatusCode.INTERNAL, "RANKS_LOST"),
     (UnknownModel, grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL"),
     (UnknownService, grpc.StatusCode.NOT_FOUND, "UNKNOWN_SERVICE"),
     (UnknownMethod, grpc.StatusCode.UNIMPLEMENTED, "UNKNOWN_METHOD"),

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import msgspec
 
-from cluster.errors import InvalidRequest, NoToken, Overloaded, Unavailable, Violation
+from cluster.errors import Abandoned, InvalidRequest, NoToken, Overloaded, Unavailable, Violation
 from cluster.request import Health, Load, ModelInfo, RankInfo, Request, TokenEvent
 from deploy.edge.models import ServerFacts
 
@@ -126,7 +126,7 @@ class Aborted(msgspec.Struct, frozen=True, array_like=True, tag="aborted"):
 FromDriver = Challenge | Introduction | Status | Events | Aborted
 FromEdge = Response | Routed | Submit | FinishSample | Close | Abort
 
-_FAULTS = {error.__name__: error for error in (Unavailable, NoToken)}
+_FAULTS = {error.__name__: error for error in (Unavailable, NoToken, Abandoned)}
 
 
 def fault_of(error: Exception) -> Fault:

@@ -37,6 +37,11 @@ class Member:
         return not self.is_retiring() and self.generator.health().state in _COMPUTING
 
     @property
+    def is_ready(self) -> bool:
+        """It computes now."""
+        return self.generator.health().state is HealthState.READY
+
+    @property
     def pressure(self) -> float:
         """0 idle, 1 a full batch with a full KV cache, more where requests wait. What it last said
         of itself may be older than what it was sent from here since."""
@@ -143,6 +148,8 @@ class Router:
 
     def _choose(self, chain: Chain, refused: Collection[str]) -> Member | None:
         there = [m for m in self.members if m.name not in refused and m.is_open]
+        # One whose ranks are being replaced would serve later, not never.
+        there = [member for member in there if member.is_ready] or there
         if len(there) < 2:
             return there[0] if there else None
         two = self._random.sample(there, 2)

@@ -43,6 +43,12 @@ def host_store(host: str = "127.0.0.1") -> tuple[TCPStore, str]:
     return store, f"{host}:{port}"
 
 
+def abort_epoch(store: TCPStore, epoch: int) -> None:
+    """End the group of an epoch from the driver's side, unless it has ended already: ranks that
+    wait in it raise `CollectiveAborted`."""
+    _try(lambda: PrefixStore(_prefix(epoch), store).compare_set("ended", "", ABORTED))
+
+
 def split_address(rendezvous: str) -> tuple[str, int]:
     host, colon, port = rendezvous.rpartition(":")
     if not (colon and host and port.isdecimal()):
@@ -85,7 +91,7 @@ class Meeting:
             raise CollectiveError(
                 f"rank {rank} cannot reach the driver's store at {rendezvous}: {error}"
             ) from error
-        self.store = PrefixStore(f"epoch{epoch}", store)
+        self.store = PrefixStore(_prefix(epoch), store)
         self._rank = rank
         self._world = world
 
@@ -131,6 +137,10 @@ class Meeting:
             if not absent or time.monotonic() >= expiry:
                 return absent
             time.sleep(0.01)
+
+
+def _prefix(epoch: int) -> str:
+    return f"epoch{epoch}"
 
 
 def _try(ask: Callable[[], T]) -> T | None:

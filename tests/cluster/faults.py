@@ -12,7 +12,7 @@ from cluster.request import HealthState, Request, SamplingParams, Stopping
 
 
 def kill_rank_1_in_mid_stream(engine: Engine) -> None:
-    """SIGKILL; every party must say which rank it was."""
+    """SIGKILL, where no rank is replaced; every party must say which one it was."""
     request = Request("doomed", (1,), SamplingParams(temperature=0.0), Stopping(max_tokens=250))
     events = iter(engine.driver.submit(request))
     next(events)

@@ -258,7 +258,7 @@ def test_a_rank_that_fails_ends_streams_with_its_name(
 ) -> None:
     from shards.runner import Runner
 
-    driver = start(model_dir)
+    driver = start(model_dir, recoveries=0)
     stream = driver.submit(request("doomed", [1], 230))
     iterator = iter(stream)
     next(iterator)

@@ -22,7 +22,13 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     path: Path = tmp_path_factory.mktemp("qwen2")
     save(tiny_model("qwen2", num_attention_heads=9, num_key_value_heads=3), path)
     config = ClusterConfig.model_validate(
-        {"model": str(path), "tensor_parallel": 3, "kv_memory": "1MiB", "max_queued_requests": 0}
+        {
+            "model": str(path),
+            "tensor_parallel": 3,
+            "kv_memory": "1MiB",
+            "max_queued_requests": 0,
+            "recoveries": 0,
+        }
     )
     with Engine(config) as engine:
         yield engine

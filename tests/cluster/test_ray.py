@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster import ClusterConfig, Engine, StartupError
+from cluster.request import HealthState, Request, SamplingParams, Stopping
 from tests.cluster.faults import kill_rank_1_in_mid_stream
 from tests.models import save, tiny_model
 from tests.ranks import ThreadLauncher
@@ -93,10 +98,33 @@ def test_a_killed_rank_ends_streams_with_its_name(
     two_nodes: None, model_dir: Path, expected: list[tuple[int, ...]]
 ) -> None:
     """Over gloo, whose survivor has no abort word: the broken connection tells it."""
-    engine = Engine(config(model_dir, placement="STRICT_SPREAD")).start()
+    engine = Engine(config(model_dir, placement="STRICT_SPREAD", recoveries=0)).start()
     try:
         kill_rank_1_in_mid_stream(engine)
     finally:
         engine.stop()
     with Engine(config(model_dir, placement="STRICT_SPREAD")) as engine:
         assert tokens(engine) == expected  # nothing of the dead group is in the way
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("placement", ["STRICT_SPREAD", "PACK"])
+def test_a_lost_actor_is_replaced_in_its_bundle(
+    two_nodes: None, model_dir: Path, placement: str, number: signal.Signals
+) -> None:
+    """Also one that is stopped and still holds its CPU, of which the node has no other."""
+    options = {"placement": placement, "step_timeout_s": 5, "recoveries": 1}
+    with Engine(config(model_dir, **options)) as engine:
+        sampling, stopping = SamplingParams(seed=1), Stopping(max_tokens=200, ignore_eos=True)
+        request = Request("calm", (1, 2, 3), sampling, stopping)
+        expected = [token for event in engine.driver.submit(request) for token in event.tokens]
+        events = iter(engine.driver.submit(replace(request, id="lost")))
+        tokens = list(next(events).tokens)
+        before = [rank.pid for rank in engine.driver.ranks]
+        os.kill(before[1], number)
+        assert tokens + [token for event in events for token in event.tokens] == expected
+        health, after = engine.driver.health(), [rank.pid for rank in engine.driver.ranks]
+        assert (health.state, health.epoch) == (HealthState.READY, 2)
+        assert before[0] == after[0]
+        assert before[1] != after[1]
+        assert not psutil.pid_exists(before[1])

@@ -168,7 +168,11 @@ def test_every_edge_answers_for_every_model_and_outlives_a_rank(cluster: Cluster
     first, second = map(str, cluster.models)
     deploy(
         cluster.dashboard,
-        cluster.config(alpha={"model": first, "replicas": 2}, beta={"model": second}),
+        cluster.config(
+            # The replica goes with its rank: what is put to the test is the fleet.
+            alpha={"model": first, "replicas": 2, "recoveries": 0},
+            beta={"model": second},
+        ),
     )
     expected = {name: answer(cluster.address, name) for name in ("alpha", "beta")}
     assert expected["alpha"] != expected["beta"]

@@ -217,6 +217,28 @@ def test_info_and_health(client: Client, server: Server) -> None:
     assert [rank.state for rank in health.ranks] == [HealthState.READY] * 2
 
 
+def test_a_stream_outlives_a_rank(server: Server) -> None:
+    """Without any help of the SDK: to its reader the death is a pause."""
+    with Client(server.address, timeout=120, retries=0) as client:
+        options: dict[str, Any] = {
+            "max_tokens": 240,
+            "temperature": 0.8,
+            "seed": 5,
+            "resume": False,
+        }
+        expected = client.generate(prompt(7), **options).token_ids
+        epoch, victim = client.health().epoch, client.server_info().ranks[1].pid
+        with client.stream(prompt(7), **options) as stream:
+            next(stream)
+            os.kill(victim, signal.SIGKILL)
+            assert stream.result().token_ids == expected
+        until(lambda: client.health().state is HealthState.READY, "the ranks are ready")
+        assert client.health().epoch == epoch + 1
+        ranks = client.server_info().ranks
+    assert victim not in [rank.pid for rank in ranks]
+    server.ready["ranks"][1]["pid"] = ranks[1].pid
+
+
 def test_the_status_command(server: Server) -> None:
     code, out, _ = run("status", "--address", server.address, "--json")
     shown, text, _ = run("status", "--address", server.address)

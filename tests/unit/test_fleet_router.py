@@ -140,6 +140,17 @@ def test_replicas_that_retire_or_do_not_compute_get_nothing_new() -> None:
         router.submit(request())
 
 
+def test_replicas_that_replace_a_rank_get_only_what_nobody_else_takes() -> None:
+    router, generators = routed("a", "b")
+    generators["a"].set_health(HealthState.DEGRADED, "rank 0 died")
+    for number in range(4):
+        router.submit(request(str(number)))
+    assert set(owners(generators).values()) == {"b"}
+    generators["b"].set_health(HealthState.DEGRADED, "rank 1 died")
+    router.submit(request("stalls"))
+    assert owners(generators)["stalls"] in {"a", "b"}
+
+
 async def test_a_stream_goes_on_at_the_next_token_with_the_same_seed() -> None:
     router, generators = routed("a", "b")
     asked = request(max_tokens=6, sampling=SamplingParams(prompt_logprobs=0))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.links import RankGone, RankLinks
-from shards.channel import Channel, connect, pack
+from shards.channel import Channel, ChannelClosed, connect, pack
 from shards.contract import Hello, Progress, Stop, decode_to_rank
 
 
@@ -90,3 +90,27 @@ def test_wake_after_close_is_nothing(links: RankLinks) -> None:
     links.close()
     links.wake()
     links.close()
+
+
+def test_another_process_takes_the_place_of_a_rank(links: RankLinks) -> None:
+    both = [Channel(dial(links)) for _ in range(2)]
+    for rank, channel in enumerate(both):
+        channel.send(Hello(rank, links.token, "host", rank))
+    until(links, 2)
+    before = links.token
+    links.expect(1)
+    with pytest.raises(ChannelClosed):
+        both[1].receive()
+    late, next_one = dial(links), Channel(dial(links))
+    late.sendall(pack(Hello(1, before, "host", 8)))  # of the one that was given up
+    next_one.send(Hello(1, links.token, "host", 9))
+    assert until(links, 1) == [Hello(1, links.token, "host", 9)]
+    links.send(Stop())
+    for channel in (both[0], next_one):
+        assert isinstance(decode_to_rank(channel.receive()), Stop)
+        channel.close()
+    late.settimeout(5)
+    links.poll(0)
+    assert late.recv(1) == b""
+    late.close()
+    both[1].close()
