@@ -3,6 +3,7 @@
 # Serve looks at annotations itself: none of them is postponed in this file.
 
 import asyncio
+import contextlib
 import importlib.metadata
 import secrets
 import time
@@ -32,6 +33,8 @@ from deploy.version import version
 
 # How long a new replica waits for the others to know of it: a dead one never will.
 _ROUTED_SECONDS = 5.0
+# Of the drain: for connections to move to other edges. The rest is for what they began last.
+_RETIRING_SHARE = 0.75
 
 log = structlog.get_logger(__name__)
 
@@ -52,6 +55,7 @@ class Replica:
         self._links: LinkServer | None = None
         self._edge: Edge | None = None
         self._telemetry: Telemetry | None = None
+        self._stopping: asyncio.Task[None] | None = None
         try:
             driver = self._driver = Driver(await asyncio.to_thread(draw_up, args.cluster))
             group = ray.util.get_current_placement_group()
@@ -118,33 +122,40 @@ class Replica:
 
     async def stop(self) -> None:
         """Hand over to the others, finish what runs, end the ranks; idempotent."""
-        fleet, self._fleet = self._fleet, None
-        edge, self._edge = self._edge, None
-        links, self._links = self._links, None
-        telemetry, self._telemetry = self._telemetry, None
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop())
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self) -> None:
+        """Every part, also where another one fails: the ranks last, whatever happens."""
         deadline = time.monotonic() + self._drain_timeout_s
 
         def left() -> float:
             return max(0.0, deadline - time.monotonic())
 
-        handed_over = False
-        if fleet is not None:
-            handed_over = await fleet.retire()
-        if links is not None:
-            links.retire()
-        if edge is not None:
-            if handed_over:
-                await edge.retire(left())
-            await edge.stop(left())
-        if links is not None:
-            await links.drained(left())
-            await links.close()
-        if fleet is not None:
-            await fleet.close()
-        if telemetry is not None:
-            await telemetry.stop()
-        if self._driver is not None:
-            await asyncio.to_thread(self._driver.stop)
+        async with contextlib.AsyncExitStack() as parts:
+            if self._driver is not None:
+                parts.push_async_callback(asyncio.to_thread, self._driver.stop)
+            if self._telemetry is not None:
+                parts.push_async_callback(self._telemetry.stop)
+            if self._fleet is not None:
+                parts.push_async_callback(self._fleet.close)
+            if self._links is not None:
+                parts.push_async_callback(self._links.close)
+            handed_over = False
+            if self._fleet is not None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(left()):
+                        handed_over = await self._fleet.retire()
+            if self._links is not None:
+                self._links.retire()
+            if self._edge is not None:
+                if handed_over:
+                    # What comes until connections have made way needs time to end, too.
+                    await self._edge.retire(left() * _RETIRING_SHARE)
+                await self._edge.stop(left())
+            if self._links is not None:
+                await self._links.drained(left())
 
     async def __del__(self) -> None:
         """What Serve calls when it retires a replica."""

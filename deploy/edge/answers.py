@@ -12,19 +12,21 @@ from cluster.text import TextDelta, TextStream
 from deploy.edge.intake import Intake
 from deploy.edge.models import Served
 
+Operation = Literal["text_completion", "chat"]
+"""What a model is asked for, as OpenTelemetry names it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who asks: `name` is that of its token or certificate, empty where nobody is asked for one;
     `traceparent` is its W3C trace context, empty for none; `address` is the IP address at the other
-    end of the connection, empty where that has none; `operation` is how OpenTelemetry names what is
-    asked for."""
+    end of the connection, empty where that has none; `operation` is what is asked for."""
 
     api: Literal["grpc", "vllm", "http"]
     name: str = ""
     traceparent: str = ""
     address: str = ""
-    operation: Literal["text_completion", "chat"] = "text_completion"
+    operation: Operation = "text_completion"
 
 
 class Watch(Protocol):
@@ -40,16 +42,30 @@ class Watcher(Protocol):
     def begin(self, model: str, request: Request, caller: Caller) -> Watch: ...
 
 
+class Limiter(Watcher, Protocol):
+    """A watcher that refuses what is beyond a caller's limits."""
+
+    def room(self, caller: Caller) -> int | None:
+        """How many more requests the caller may run now; None for as many as it likes."""
+        ...
+
+
 OnCall = Callable[[str, str, str], None]
 """Is told of every call at its end, also of those that ask no model: its API as `Caller` has it,
 its method ("other" for one that is not served) and its status, gRPC's name or HTTP's number."""
 
 
 class Answers:
-    """Submits requests to their models' generators, watched by `watchers`."""
+    """Submits requests to their models' generators, watched by `watchers`, refused by `limiter`."""
 
-    def __init__(self, *watchers: Watcher) -> None:
-        self._watchers = watchers
+    def __init__(self, *watchers: Watcher, limiter: Limiter | None = None) -> None:
+        self._limiter = limiter
+        # The limiter comes last, so that the others are told of what it refuses.
+        self._watchers = watchers if limiter is None else (*watchers, limiter)
+
+    def room(self, caller: Caller) -> int | None:
+        """How many more requests the caller may run now; None for as many as it likes."""
+        return None if self._limiter is None else self._limiter.room(caller)
 
     @contextlib.asynccontextmanager
     async def of(

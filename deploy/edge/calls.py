@@ -9,7 +9,7 @@ import time
 import urllib.parse
 import uuid
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Literal
 
 import grpc
@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError, Message
 
 from cluster.errors import InvalidRequest, Overloaded, Unavailable, Violation
 from deploy.edge import errors
-from deploy.edge.answers import Caller, OnCall
+from deploy.edge.answers import Caller, OnCall, Operation
 from deploy.edge.security import Access
 from deploy.edge.tls import names_in
 
@@ -34,7 +34,7 @@ _VLLM = "/vllm."
 
 _MOST_ID_BYTES = 128
 _RETRY_SECONDS = 1.0
-# A request's message has to be here in this time, and an answer's taken.
+# A request's message has to be here in this time, as each of a stream, and an answer's taken.
 _MESSAGE_SECONDS = 30.0
 _WRITE_SECONDS = 120.0
 # Messages that arrive at the same time, each of up to `max_message_bytes`: one more ends the one
@@ -72,14 +72,22 @@ class Calls(grpc.aio.ServerInterceptor):
     are coroutines (streams use `write`), those that stream both ways are generators.
 
     Callers are known and counted before their message is read: handlers are given to gRPC as if
-    requests were streams, which read when they want to. A Generate or Chat request leaves here
-    with an id: its own, or a new one. `drain` lets running calls finish and refuses new ones.
+    requests were streams, which read when they want to. A request to a model leaves here with an
+    id: its own, or a new one. `drain` lets running calls finish and refuses new ones.
     """
 
-    def __init__(self, access: Access, most: int, on_call: OnCall | None = None) -> None:
-        """`most` calls at a time."""
+    def __init__(
+        self,
+        access: Access,
+        most: int,
+        answering: Mapping[str, Operation],
+        on_call: OnCall | None = None,
+    ) -> None:
+        """`most` calls at a time; `answering` are the methods that ask a model for an answer, whose
+        requests have a `request_id`."""
         self._access = access
         self._most = most
+        self._answering = answering
         self._on_call = on_call
         self._live: dict[asyncio.Task[Any], str] = {}
         self._arriving: OrderedDict[int, asyncio.Timeout] = OrderedDict()
@@ -160,7 +168,7 @@ class Calls(grpc.aio.ServerInterceptor):
 
     def _admit(self, task: asyncio.Task[Any], method: str, context: Context) -> None:
         """The call's place among the others, and its caller. Raises what refuses it."""
-        caller = _identified(context, method, self._access)
+        caller = self._identified(context, method)
         if self._draining:
             raise Unavailable("the server is shutting down: try another one")
         if len(self._live) >= self._most:
@@ -173,6 +181,19 @@ class Calls(grpc.aio.ServerInterceptor):
         if caller.name:
             structlog.contextvars.bind_contextvars(caller=caller.name)
 
+    def _identified(self, context: Context, method: str) -> Caller:
+        metadata = dict(context.invocation_metadata() or ())
+        name = self._access.caller(
+            _text(metadata.get("authorization")), names_in(context.auth_context() or None)
+        )
+        return Caller(
+            _api(method),
+            name,
+            _text(metadata.get("traceparent")) or "",
+            _address(context.peer() or ""),
+            self._answering.get(method, "text_completion"),
+        )
+
     def _reading(self, handler: Any, method: str) -> Behavior:
         """A handler of one message, which is read here."""
 
@@ -182,7 +203,7 @@ class Calls(grpc.aio.ServerInterceptor):
                     f"no method {method[:_MOST_ID_BYTES]!r} here: server reflection lists them"
                 )
             request = _parsed(await self._message(context), handler.request_deserializer)
-            if method.endswith(("/Generate", "/Chat")):
+            if method in self._answering:
                 _identify(request)
             context.set_trailing_metadata(((errors.REQUEST_ID, _request_id()),))
             if handler.response_streaming:
@@ -204,7 +225,8 @@ class Calls(grpc.aio.ServerInterceptor):
         arrival = asyncio.timeout(_MESSAGE_SECONDS)
         if len(self._arriving) >= _MOST_ARRIVING:
             _, slowest = self._arriving.popitem(last=False)
-            slowest.reschedule(0)
+            if not slowest.expired():  # else its task has not run since
+                slowest.reschedule(0)
         try:
             async with arrival:
                 self._arriving[id(arrival)] = arrival
@@ -220,9 +242,20 @@ class Calls(grpc.aio.ServerInterceptor):
         return data
 
 
-async def _messages(context: Context) -> Any:
-    while (message := await context.read()) is not grpc.aio.EOF:
+async def _messages(context: Context) -> AsyncIterator[Any]:
+    """Raises `DeadlineExceeded` for a client that keeps its stream open for nothing."""
+    while (message := await _next(context)) is not grpc.aio.EOF:
         yield message
+
+
+async def _next(context: Context) -> Any:
+    try:
+        async with asyncio.timeout(_MESSAGE_SECONDS):
+            return await context.read()
+    except TimeoutError:
+        raise errors.DeadlineExceeded(
+            f"no message came for {_MESSAGE_SECONDS:g} s: open another stream when you need one"
+        ) from None
 
 
 def _parsed(data: bytes, deserialize: Callable[[bytes], Any]) -> Any:
@@ -230,18 +263,6 @@ def _parsed(data: bytes, deserialize: Callable[[bytes], Any]) -> Any:
         return deserialize(data)
     except DecodeError as error:
         raise errors.malformed(error) from error
-
-
-def _identified(context: Context, method: str, access: Access) -> Caller:
-    metadata = dict(context.invocation_metadata() or ())
-    name = access.caller(
-        _text(metadata.get("authorization")), names_in(context.auth_context() or None)
-    )
-    traceparent = _text(metadata.get("traceparent")) or ""
-    operation: Literal["chat", "text_completion"] = (
-        "chat" if method.endswith("/Chat") else "text_completion"
-    )
-    return Caller(_api(method), name, traceparent, _address(context.peer() or ""), operation)
 
 
 def _api(method: str) -> Literal["vllm", "grpc"]:

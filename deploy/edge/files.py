@@ -15,6 +15,8 @@ from cluster.errors import StartupError
 T = TypeVar("T")
 
 CHECK_SECONDS = 1.0
+# They are read on the event loop: what is larger has been mistaken for one of them.
+_MOST_BYTES = 1 << 20
 
 log = structlog.get_logger(__name__)
 
@@ -61,10 +63,14 @@ class Reloaded(Generic[T]):
             return
         try:
             value = self._read()
-        except StartupError as error:
+        # Also what `read` did not foresee: a call in between is no place to end for it.
+        except Exception as error:
             if self._look() == before:
                 self._stamp = before
-                log.error("kept the old version of changed files", cause=str(error))
+                # Others may quote what is in the files.
+                expected = isinstance(error, StartupError)
+                cause = str(error) if expected else type(error).__name__
+                log.error("kept the old version of changed files", cause=cause)
             return
         # Files that changed meanwhile may not belong together: the next check reads them again.
         if self._look() == before:
@@ -76,11 +82,15 @@ class Reloaded(Generic[T]):
 
 
 def read_file(field: str, path: str) -> bytes:
-    """Raises `StartupError` naming the option that gave the path."""
+    """At most 1 MiB. Raises `StartupError` naming the option that gave the path."""
     try:
-        return Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
     except OSError as error:
         raise StartupError(f"{field} {path} cannot be read: {error.strerror}") from error
+    if len(content) > _MOST_BYTES:
+        raise StartupError(f"{field} {path} holds more than {_MOST_BYTES >> 20} MiB: name another")
+    return content
 
 
 def _stamp(path: str) -> tuple[int, int, int, int] | None:

@@ -22,19 +22,21 @@ import structlog
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cluster.errors import StartupError
+from cluster.errors import InvalidRequest, Overloaded, StartupError, Unavailable
+from cluster.jobs import sequences_of
 from cluster.request import Request
 from cluster.text import TextDelta
 from deploy.edge.answers import Caller
 from deploy.edge.errors import Forbidden, LimitExceeded
 from deploy.edge.files import CHECK_SECONDS, Reloaded, read_file
-from shards.errors import HeadwiseError
 
 # Reserved for each sample of a request that does not say how many tokens it may have.
 _UNSTATED_TOKENS = 1024
 _CONCURRENCY_RETRY_SECONDS = 1.0
 _MOST_CALLERS = 10_000
 _ROUNDING = 1e-6  # tokens or requests that are none
+# What ends a request without a token on the server's account: its prompt is not charged.
+_REFUSALS = (Forbidden, InvalidRequest, LimitExceeded, Overloaded, Unavailable)
 # A site has a whole /64 of addresses for itself.
 _IPV6_PREFIX = 64
 
@@ -73,15 +75,16 @@ def read_limits(path: str) -> LimitsFile:
     try:
         content = yaml.safe_load(read_file("limits_file", path))
         return LimitsFile.model_validate(content or {})
-    except yaml.YAMLError as error:
-        cause = " ".join(str(error).split())
-        raise StartupError(f"limits_file {path} is not YAML: {cause}") from error
     except ValidationError as error:
         faults = "; ".join(
             f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}"
             for fault in error.errors(include_url=False)
         )
         raise StartupError(f"limits_file {path}: {faults}") from error
+    # ValueError: a date that is none; RecursionError: lists in lists without end.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        cause = " ".join(str(error).split())
+        raise StartupError(f"limits_file {path} is not YAML: {cause}") from error
 
 
 class CallerLimits:
@@ -118,19 +121,29 @@ class CallerLimits:
             log.info("limit exceeded", caller=name, limit=error.metric, value=error.limit)
             raise
 
+    def room(self, caller: Caller) -> int | None:
+        """How many more requests the caller may run now; None for as many as it likes."""
+        most = self._file.current.of(caller.name).concurrent_requests
+        return None if most is None else max(0, most - self._account(caller).running)
+
     def _account(self, caller: Caller) -> _Account:
         key = ("name", caller.name) if caller.name else ("address", _network(caller.address))
         account = self._accounts.get(key)
         if account is None:
-            account = self._accounts[key] = _Account(self._clock)
             self._forget()
+            account = self._accounts[key] = _Account(self._clock)
         self._accounts.move_to_end(key)
         return account
 
     def _forget(self) -> None:
-        """Those longest away, so that strangers cannot fill the memory with addresses."""
-        while len(self._accounts) > _MOST_CALLERS:
-            self._accounts.popitem(last=False)
+        """Whoever is longest away, so that strangers cannot fill the memory with addresses. Not
+        those whose requests run, of which there are as many as requests at most."""
+        if len(self._accounts) < _MOST_CALLERS:
+            return
+        idle = (key for key, account in self._accounts.items() if not account.running)
+        longest_away = next(idle, None)
+        if longest_away is not None:
+            del self._accounts[longest_away]
 
 
 class _Account:
@@ -178,7 +191,7 @@ class _Charge:
 
     def end(self, error: BaseException | None) -> None:
         self._account.running -= 1
-        refused = isinstance(error, HeadwiseError) and not self._generated
+        refused = isinstance(error, _REFUSALS) and not self._generated
         self._settle(0 if refused else self._prompt + self._generated)
 
     def _settle(self, tokens: int) -> None:
@@ -216,7 +229,7 @@ class _Used:
 def _reservation(request: Request, limit: int | None) -> int:
     stated = request.stopping.max_tokens
     sample = _UNSTATED_TOKENS if stated is None else max(0, stated - len(request.generated))
-    whole = len(request.prompt) + len(request.generated) + request.n * sample
+    whole = len(request.prompt) + len(request.generated) + sequences_of(request) * sample
     return whole if limit is None else min(whole, limit)
 
 

@@ -7,15 +7,21 @@ then stops.
 
 To close a listening socket loses connections, too: the kernel resets those that nobody has accepted
 yet, though another process listens on the same port. So nothing new is let in for a moment before.
+
+Sockets are found by asking the kernel for all of this process'. With thousands of connections that
+takes a good part of a second: it is not for an event loop's thread.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
+import math
 import os
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +30,8 @@ import psutil
 SETTLE_SECONDS = 0.5
 """From `turn_away` to `stop_listening`: handshakes that have begun end, and what waits is accepted.
 Less than the second after which a client's kernel asks again."""
+
+_FRESH_SECONDS = 1.0
 
 _SO_ATTACH_FILTER = 26  # asm-generic/socket.h; the socket module does not have it
 # Classic BPF over a TCP header: (code, jump if true, jump if false, operand).
@@ -56,6 +64,31 @@ def stop_listening(port: int) -> None:
 def connections(port: int) -> int:
     """How many clients are connected."""
     return sum(1 for _ in _sockets(port, psutil.CONN_ESTABLISHED))
+
+
+class ConnectionCount:
+    """Counts the clients connected to a port, in a thread of its own. All methods belong to one
+    event loop."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._latest = 0
+        self._counted_at = -math.inf
+        self._counting: asyncio.Task[int] | None = None
+
+    @property
+    def latest(self) -> int:
+        """As of the last count. Where that is more than a second old, the next one begins."""
+        counting = self._counting is not None and not self._counting.done()
+        if not counting and time.monotonic() - self._counted_at > _FRESH_SECONDS:
+            self._counting = asyncio.create_task(self.count())
+        return self._latest
+
+    async def count(self) -> int:
+        """As of now."""
+        self._latest = await asyncio.to_thread(connections, self._port)
+        self._counted_at = time.monotonic()
+        return self._latest
 
 
 def _listening(port: int) -> Iterator[socket.socket]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -14,7 +15,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 from cluster.config import ServerConfig
 from cluster.errors import StartupError
 from deploy.edge import health, listener, transport, vllm
-from deploy.edge.answers import Answers, OnCall, Watcher
+from deploy.edge.answers import Answers, OnCall, Operation, Watcher
 from deploy.edge.calls import Calls
 from deploy.edge.control import ControlService
 from deploy.edge.http.api import HttpApi
@@ -27,11 +28,18 @@ from deploy.edge.vllm.service import VllmService
 from headwise.v1 import control_pb2_grpc, inference_pb2_grpc
 
 _LAST_WORDS_SECONDS = 0.5
-_LOOK_SECONDS = 0.1
+_LOOK_SECONDS = 1.0
+
+# Methods that ask a model for an answer, by what they ask for. Their requests have a `request_id`.
+_ANSWERING: Final[Mapping[str, Operation]] = {
+    f"/{health.INFERENCE}/Generate": "text_completion",
+    f"/{health.INFERENCE}/Chat": "chat",
+    f"/{vllm.SERVICE}/Generate": "text_completion",
+}
 
 
 class Edge:
-    """Serves `models`, which others add and remove. All methods belong to one event loop."""
+    """Serves `models`, which others add, remove and close. All methods belong to one event loop."""
 
     def __init__(
         self,
@@ -48,13 +56,11 @@ class Edge:
         `share_port`: other edges of this host may listen there too, and each gets some of the
         connections."""
         self._config = config
-        self._models = models
         self._access = Access(config)
-        self._calls = Calls(self._access, config.max_concurrent_calls, on_call)
+        self._calls = Calls(self._access, config.max_concurrent_calls, _ANSWERING, on_call)
         self._health = health.HealthService(models, (health.INFERENCE, vllm.SERVICE))
-        # The limits come last, so that the others are told of what they refuse.
-        limits = [] if config.limits_file is None else [CallerLimits(config.limits_file)]
-        self._answers = Answers(*watchers, *limits)
+        limits = None if config.limits_file is None else CallerLimits(config.limits_file)
+        self._answers = Answers(*watchers, limiter=limits)
         self._http = (
             HttpApi(
                 models,
@@ -91,6 +97,7 @@ class Edge:
             self._server,
         )
         self._port = 0
+        self._connections = listener.ConnectionCount(0)
 
     async def start(self) -> None:
         """Listen; `StartupError` where the address cannot be had."""
@@ -104,6 +111,7 @@ class Edge:
                 self._port = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise port_taken(self._config) from error
+        self._connections = listener.ConnectionCount(self._port)
         await self._server.start()
         if self._http is not None:
             await self._http.start()
@@ -126,8 +134,9 @@ class Edge:
 
     @property
     def connections(self) -> dict[str, int]:
-        """How many clients are connected to each API."""
-        held = {"grpc": listener.connections(self._port)}
+        """How many clients are connected to each API; gRPC's as of the last time that this was
+        asked for, and 0 at first."""
+        held = {"grpc": self._connections.latest}
         return held if self._http is None else {**held, "http": self._http.connections}
 
     @property
@@ -139,16 +148,17 @@ class Edge:
     async def retire(self, timeout_s: float) -> None:
         """Say NOT_SERVING, take no new connections, and answer on until those that are there have
         made way (`max_connection_age_s`), at most `timeout_s`."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
         self._health.close()
         for port in self._ports:
-            listener.turn_away(port)
+            await asyncio.to_thread(listener.turn_away, port)
         await asyncio.sleep(min(listener.SETTLE_SECONDS, timeout_s))
-        listener.stop_listening(self._port)
+        await asyncio.to_thread(listener.stop_listening, self._port)
         if self._http is not None:
             self._http.retire()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while listener.connections(self._port) or (  # noqa: ASYNC110 (no event tells)
+            async with asyncio.timeout_at(deadline):
+                while await self._connections.count() or (  # noqa: ASYNC110 (no event tells)
                     self._http is not None and self._http.connections
                 ):
                     await asyncio.sleep(_LOOK_SECONDS)
@@ -166,8 +176,6 @@ class Edge:
                 await self._http.stop()
             # For health watchers, who are still being told.
             await self._server.stop(grace=_LAST_WORDS_SECONDS)
-            for served in self._models.all:
-                served.texts.close()
 
 
 def port_taken(config: ServerConfig) -> StartupError:

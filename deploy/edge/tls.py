@@ -84,18 +84,21 @@ class Certificates:
 
 
 def names_in(peer: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The names of a client's certificate: common name, then alternative names; none without one.
+    """The names of a client's certificate: common names, then alternative names (DNS, URI, email);
+    none without one.
 
     `peer` is what gRPC (`context.auth_context()`) or Python (`SSLObject.getpeercert()`) says.
     """
     if not peer:
         return ()
     names: list[str] = []
-    for key in ("x509_common_name", "x509_subject_alternative_name"):
+    for key in ("x509_common_name", "peer_dns", "peer_uri", "peer_email"):
         names += [value.decode(errors="replace") for value in peer.get(key, ())]
     for part in peer.get("subject", ()):
         names += [value for kind, value in part if kind == "commonName"]
-    names += [value for _kind, value in peer.get("subjectAltName", ())]
+    alternative = peer.get("subjectAltName", ())
+    for named in ("DNS", "URI", "email"):
+        names += [value for kind, value in alternative if kind == named]
     return tuple(dict.fromkeys(names))
 
 

@@ -77,6 +77,7 @@ class SoftDirectory:
         return Listing(self._revision, tuple(self._entries.values()))
 
     async def leave(self, replica: str) -> None:
+        self._expiry.pop(replica, None)
         if self._entries.pop(replica, None) is not None:
             self._change()
 

@@ -89,7 +89,7 @@ class Fleet:
         model = local.generator.model.name
         entry = Entry(local.replica, model, local.version, local.since, address, key)
         self._entry = entry
-        listing = await self._meet_patiently(entry)
+        listing = await self._meet_patiently()
         return len(listing.entries) - 1
 
     async def retire(self) -> bool:
@@ -112,13 +112,11 @@ class Fleet:
         for version in self._versions.values():
             version.served.texts.close()
 
-    async def _meet_patiently(
-        self, entry: Entry | None, known: tuple[float, int] | None = None
-    ) -> Listing:
+    async def _meet_patiently(self, known: tuple[float, int] | None = None) -> Listing:
         """As `Directory.meet`; where that is lost, again until it is back."""
         while True:
             try:
-                return await self._directory.meet(entry, known)
+                return await self._directory.meet(self._entry, known)
             except HeadwiseError as error:
                 log.warning("no directory", cause=str(error))
                 await asyncio.sleep(HEARTBEAT_SECONDS)
@@ -126,7 +124,7 @@ class Fleet:
     async def _follow(self) -> None:
         known: tuple[float, int] | None = None
         while True:
-            listing = await self._meet_patiently(self._entry, known)
+            listing = await self._meet_patiently(known)
             known = listing.revision
             for entry in listing.entries:
                 if entry.replica != self._local.replica and entry.replica not in self._links:

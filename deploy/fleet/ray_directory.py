@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 
 from deploy.fleet.directory import Entry, Listing, SoftDirectory
 from shards.errors import HeadwiseError
@@ -36,24 +37,30 @@ class RayDirectory:
         await self._call("leave", replica)
 
     async def _call(self, method: str, *arguments: object) -> Any:
-        if self._actor is None:
-            self._actor = (
-                ray.remote(SoftDirectory)
-                .options(
-                    name=_NAME,
-                    namespace=_NAMESPACE,
-                    lifetime="detached",
-                    get_if_exists=True,
-                    num_cpus=0,
-                    # Not in the placement group of the replica that happens to start it.
-                    scheduling_strategy="DEFAULT",
-                    max_restarts=-1,
-                    max_concurrency=_MOST_WAITING,
-                )
-                .remote()
-            )
         try:
+            if self._actor is None:
+                # Asks Ray's head, which may take its time to answer.
+                self._actor = await asyncio.to_thread(_actor)
             return await getattr(self._actor, method).remote(*arguments)
-        except RayActorError as error:
+        except (RayError, ConnectionError, TimeoutError, ValueError) as error:
             self._actor = None
-            raise DirectoryLost(str(error)) from error
+            raise DirectoryLost(f"{type(error).__name__}: {error}") from error
+
+
+def _actor() -> Any:
+    """The one that is there, or a new one."""
+    return (
+        ray.remote(SoftDirectory)
+        .options(
+            name=_NAME,
+            namespace=_NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            # Not in the placement group of the replica that happens to start it.
+            scheduling_strategy="DEFAULT",
+            max_restarts=-1,
+            max_concurrency=_MOST_WAITING,
+        )
+        .remote()
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from cluster.errors import Overloaded, Unavailable
 from cluster.request import Generator, Health, HealthState, Load, ModelInfo, RankInfo, Request
@@ -104,18 +104,10 @@ class Router:
 
     def load(self) -> Load:
         loads = [member.generator.load() for member in self.members]
-        return Load(
-            running=sum(load.running for load in loads),
-            waiting=sum(load.waiting for load in loads),
-            kv_blocks=sum(load.kv_blocks for load in loads),
-            kv_blocks_used=sum(load.kv_blocks_used for load in loads),
-            block_size=loads[0].block_size if loads else 0,
-            steps=sum(load.steps for load in loads),
-            preemptions=sum(load.preemptions for load in loads),
-            generated_tokens=sum(load.generated_tokens for load in loads),
-            prompt_tokens=sum(load.prompt_tokens for load in loads),
-            cached_tokens=sum(load.cached_tokens for load in loads),
-        )
+        sums = {
+            field.name: sum(getattr(load, field.name) for load in loads) for field in fields(Load)
+        }
+        return Load(**sums | {"block_size": loads[0].block_size if loads else 0})
 
     def health(self) -> Health:
         """That of the healthiest member, and the ranks of all of them."""

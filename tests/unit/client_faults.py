@@ -95,6 +95,7 @@ class EdgeThread:
 
     def stop(self, drain_timeout_s: float = 0) -> None:
         self._loop.run(self._edge.stop(drain_timeout_s))
+        self._texts.close()
         del self._edge
 
     def restart(self) -> None:
@@ -107,9 +108,10 @@ class EdgeThread:
 
     async def _start(self) -> None:
         generator = self.generator or FakeGenerator(seeded_text)
-        texts = Texts(self._codec, generator.model)  # type: ignore[arg-type]
+        self._texts = Texts(self._codec, generator.model)  # type: ignore[arg-type]
         self._edge = Edge(
-            Models(Served(generator, texts, FACTS)), ServerConfig(grpc_port=self._port, http=False)
+            Models(Served(generator, self._texts, FACTS)),
+            ServerConfig(grpc_port=self._port, http=False),
         )
         await self._edge.start()
         self._port = int(self._edge.address.rpartition(":")[2])

@@ -69,3 +69,4 @@ async def running_edge(
     finally:
         await channel.close()
         await edge.stop(0)
+        texts.close()

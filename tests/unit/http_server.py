@@ -11,7 +11,7 @@ from typing import Any
 import httpx2 as httpx
 
 from cluster.config import ServerConfig
-from deploy.edge.answers import Answers, Watcher
+from deploy.edge.answers import Answers, Limiter, Watcher
 from deploy.edge.http.api import HttpApi
 from deploy.edge.http.operations import Exposition
 from deploy.edge.models import Models, Served
@@ -70,6 +70,7 @@ async def running_api(
     *,
     tokenizer: bool = True,
     watchers: tuple[Watcher, ...] = (),
+    limiter: Limiter | None = None,
     exposition: Exposition | None = None,
     verify: Any = True,
     **config: Any,
@@ -80,7 +81,7 @@ async def running_api(
     server = ServerConfig(**{"http_port": 0, **config})
     api = HttpApi(
         Models(Served(generator, texts, FACTS)),
-        Answers(*watchers),
+        Answers(*watchers, limiter=limiter),
         server,
         Access(server),
         exposition=exposition,

@@ -7,7 +7,9 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -197,3 +199,34 @@ def test_a_tokenizer_whose_tokens_are_no_bytes() -> None:
             assert "Metaspace" in refusal(checker, asking(Language.REGEX, "a"))[1]
     finally:
         checker.close()
+
+
+def test_what_was_refused_is_not_tried_again(codec: TextCodec) -> None:
+    checker = ConstraintChecker(codec, codec.eos_token_ids)
+    bad = asking(Language.REGEX, "[a")
+    try:
+        before = refusal(checker, bad)
+        assert checker._sandbox is not None
+        os.kill(checker._sandbox.pid, signal.SIGKILL)
+        gone = checker._sandbox
+        assert refusal(checker, bad) == before
+        assert checker._sandbox is gone  # else a new one would have been asked
+    finally:
+        checker.close()
+
+
+def test_closing_ends_what_is_being_tried(codec: TextCodec) -> None:
+    checker = ConstraintChecker(codec, codec.eos_token_ids)
+    checker.check(asking(Language.REGEX, "one"))
+    assert checker._sandbox is not None
+    os.kill(checker._sandbox.pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as threads:
+        trial = threads.submit(checker.check, asking(Language.REGEX, "two"))
+        while not checker._lock.locked():
+            time.sleep(0.001)
+        checker.close()
+        with pytest.raises(Unavailable, match="shutting down"):
+            trial.result(timeout=20)
+    with pytest.raises(Unavailable, match="shutting down"):
+        checker.check(asking(Language.REGEX, "three"))
+    assert checker._sandbox is None

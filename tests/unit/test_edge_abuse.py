@@ -17,6 +17,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.config import ServerConfig
+from cluster.request import HealthState
 from deploy.edge import calls, health, transport
 from headwise.v1 import inference_pb2 as pb
 from tests.unit import raw_http2
@@ -25,6 +26,7 @@ from tests.unit.fakes import FakeGenerator
 
 ONE = pb.Stopping(max_tokens=1)
 GENERATE = "/headwise.v1.Inference/Generate"
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
 
 @pytest.fixture
@@ -309,18 +311,35 @@ async def test_unknown_fields_do_no_harm(edge: RunningEdge) -> None:
     assert [part async for part in call]
 
 
-async def test_watchers_of_health_are_bounded(
+async def test_watches_of_health_are_bounded_on_each_connection(
     edge: RunningEdge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "_MOST_WATCHERS", 2)
+    monkeypatch.setattr(health, "_MOST_WATCHES", 2)
     stub = health_pb2_grpc.HealthStub(edge.channel)
     watching = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(2)]
     for watch in watching:
         assert (await watch.read()).status
     refused = stub.Watch(health_pb2.HealthCheckRequest())
     assert await reason(refused) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+
+    apart = [("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(edge.edge.address, options=apart) as channel:
+        other = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await other.read()).status == health_pb2.HealthCheckResponse.SERVING
+        # Those that are there are told all the same.
+        edge.generator.set_health(HealthState.NOT_READY, "lost")
+        for watch in (*watching, other):
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
     for watch in watching:
         watch.cancel()
+
+
+async def test_reflection_is_not_kept_open_for_nothing(
+    edge: RunningEdge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "_MESSAGE_SECONDS", 0.05)
+    call = edge.channel.stream_stream(REFLECTION)()
+    assert await reason(call) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
 
 
 @pytest.mark.parametrize("timeout", [0, -1, 1e-9, 3e9])

@@ -12,14 +12,15 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from cluster.errors import Overloaded, StartupError
-from cluster.request import Request, Stopping
+from cluster.errors import NoToken, Overloaded, StartupError
+from cluster.request import BeamParams, Request, Stopping
 from cluster.text import TextDelta
 from deploy.edge.answers import Caller, Watch
-from deploy.edge.errors import Forbidden, LimitExceeded
+from deploy.edge.errors import DeadlineExceeded, Forbidden, LimitExceeded
 from deploy.edge.limits import CallerLimits, read_limits
 from headwise.v1 import inference_pb2 as pb
 from tests.unit.edge_server import running_edge
+from tests.unit.http_server import running_api
 
 ALICE, BOB = Caller("grpc", "alice"), Caller("http", "bob")
 
@@ -47,6 +48,9 @@ class Limited:
         stopping = Stopping(max_tokens=max_tokens)
         request = Request("r", prompt=(0,) * prompt, stopping=stopping, **fields)
         return self._limits.begin("m", request, caller)
+
+    def room(self, caller: Caller) -> int | None:
+        return self._limits.room(caller)
 
     def refused(self, *args: Any, **fields: Any) -> LimitExceeded:
         with pytest.raises(LimitExceeded) as caught:
@@ -133,6 +137,54 @@ def test_a_request_that_the_server_refuses_costs_no_tokens(
     limits.refused(prompt=10)
 
 
+@pytest.mark.parametrize("error", [DeadlineExceeded("late"), NoToken("no token is allowed")])
+def test_a_prompt_that_was_computed_costs_its_tokens(
+    limited: Callable[[str], Limited], error: Exception
+) -> None:
+    limits = limited("default: {tokens_per_minute: 600}")
+    limits.begin(prompt=600).end(error)
+    limits.refused(prompt=10)
+
+
+def test_every_beam_counts(limited: Callable[[str], Limited]) -> None:
+    limits = limited("default: {tokens_per_minute: 600}")
+    limits.begin(prompt=100, max_tokens=100, beams=BeamParams(4))
+    limits.refused(prompt=50, max_tokens=51)
+
+
+def test_callers_whose_requests_run_are_not_forgotten(
+    limited: Callable[[str], Limited], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.edge.limits._MOST_CALLERS", 2)
+    limits = limited("default: {concurrent_requests: 1, requests_per_minute: 2}")
+    limits.begin()
+    strangers = [Caller("grpc", address=f"10.0.0.{number}") for number in range(3)]
+    for stranger in strangers:
+        limits.begin(stranger).end(None)
+    assert limits.refused().metric == "concurrent_requests"
+    # Of those who came and went, the first one has been forgotten and the last one has not.
+    limits.begin(strangers[2]).end(None)
+    assert limits.refused(strangers[2]).metric == "requests_per_minute"
+
+
+def test_room(limited: Callable[[str], Limited]) -> None:
+    limits = limited(
+        "default: {concurrent_requests: 2}\ncallers: {bob: {concurrent_requests: null}}"
+    )
+    running = limits.begin()
+    assert (limits.room(ALICE), limits.room(BOB)) == (1, None)
+    running.end(None)
+    assert limits.room(ALICE) == 2
+
+
+async def test_more_prompts_of_one_call_than_may_run_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "limits"
+    path.write_text("default: {concurrent_requests: 2}")
+    async with running_api(limiter=CallerLimits(str(path))) as api:
+        answer = await api.complete(prompt=["x"] * 9, max_tokens=1)
+    assert len(answer["choices"]) == 9
+
+
 def test_a_callers_own_entry_wins_field_by_field(limited: Callable[[str], Limited]) -> None:
     limits = limited(
         "default: {concurrent_requests: 1, requests_per_minute: 2}\n"
@@ -170,6 +222,8 @@ def test_limits_are_read_again(limited: Callable[[str], Limited]) -> None:
     limits.begin()
     limits.path.write_text("default: {concurrent_requests: none at all}")
     limits.begin()
+    limits.path.write_text("since: 2024-13-45")
+    limits.begin()
 
 
 @pytest.mark.parametrize(
@@ -182,6 +236,9 @@ def test_limits_are_read_again(limited: Callable[[str], Limited]) -> None:
         ("- 1", "limits_file"),
         ("{", "not YAML"),
         ("\x00", "not YAML"),
+        ("since: 2024-13-45", "not YAML: month"),
+        ("[" * 5000, "not YAML"),
+        ("#" * (1 << 20) + "\n", "more than 1 MiB"),
     ],
 )
 def test_bad_files_are_refused(tmp_path: Path, content: str, fault: str) -> None:

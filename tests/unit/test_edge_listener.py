@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import select
 import socket
 import subprocess
@@ -72,3 +73,14 @@ def test_who_is_connected_stays() -> None:
             assert server.recv(4) == b"ping"
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection(("127.0.0.1", own))
+
+
+async def test_connections_are_counted_off_the_loop() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        count = listener.ConnectionCount(listening.getsockname()[1])
+        with socket.create_connection(listening.getsockname()), listening.accept()[0]:
+            assert count.latest == 0  # and the count begins
+            async with asyncio.timeout(10):
+                while not count.latest:  # noqa: ASYNC110 (no event tells)
+                    await asyncio.sleep(0.001)
+            assert count.latest == 1

@@ -23,7 +23,7 @@ from cluster.config import ServerConfig
 from cluster.errors import StartupError
 from deploy.edge.errors import Forbidden, Unauthenticated
 from deploy.edge.security import Access
-from deploy.edge.tls import Certificates
+from deploy.edge.tls import Certificates, names_in
 from deploy.edge.tokens import read_tokens
 from headwise.v1 import inference_pb2 as pb
 from tests.unit.edge_server import RunningEdge, running_edge
@@ -259,6 +259,31 @@ def test_a_certificate_names_its_caller_unless_a_token_does(
         both.caller(None, ("client",))
     with pytest.raises(Forbidden):
         Access(ServerConfig(**config, tls_client_names=("a",))).caller(None, ("client",))
+
+
+def test_names_of_a_certificate() -> None:
+    """Of alternative names, those that are text: a directory name is not, an address is no name."""
+    found = {
+        "subject": ((("countryName", "XX"),), (("commonName", "client"),)),
+        "subjectAltName": (
+            ("DirName", ((("commonName", "admin"),),)),
+            ("IP Address", "10.0.0.1"),
+            ("email", "a@b"),
+            ("DNS", "client.local"),
+            ("URI", "spiffe://a/b"),
+        ),
+    }
+    names = ("client", "client.local", "spiffe://a/b", "a@b")
+    assert names_in(found) == names
+    by_grpc = {
+        "x509_common_name": [b"client"],
+        "x509_subject_alternative_name": [b"10.0.0.1", b"client.local", b"spiffe://a/b", b"a@b"],
+        "peer_dns": [b"client.local"],
+        "peer_uri": [b"spiffe://a/b"],
+        "peer_email": [b"a@b"],
+        "peer_ip": [b"10.0.0.1"],
+    }
+    assert names_in(by_grpc) == names
 
 
 def test_names_need_an_authority() -> None:

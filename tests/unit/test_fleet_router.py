@@ -230,6 +230,10 @@ def test_load_is_summed() -> None:
     one = generators["a"].load()
     assert router.load().kv_blocks == 2 * one.kv_blocks
     assert router.load().block_size == one.block_size
+    for generator in generators.values():
+        loaded = replace(one, waiting_tokens=700)
+        generator.load = lambda loaded=loaded: loaded  # type: ignore[method-assign,misc]
+    assert router.load().waiting_tokens == 1400
 
 
 def test_a_routed_stream_is_for_coroutines() -> None:

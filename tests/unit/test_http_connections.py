@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import pytest
+import uvicorn
+from structlog.testing import capture_logs
 
 from cluster.config import ServerConfig
 from cluster.errors import StartupError
@@ -49,10 +51,15 @@ def request_of(**body: Any) -> bytes:
 async def test_a_client_that_leaves_ends_its_request(api: RunningApi, stream: bool) -> None:
     api.generator.pause()
     _, writer = await connect(api)
-    writer.write(request_of(prompt=["x", "y"], stream=stream))
-    await api.generator.until(lambda: len(api.generator.live) == 2)
-    writer.close()
-    await api.generator.until(lambda: not api.generator.live)
+    with capture_logs() as logs:
+        writer.write(request_of(prompt=["x", "y"], stream=stream))
+        await api.generator.until(lambda: len(api.generator.live) == 2)
+        writer.close()
+        await api.generator.until(lambda: not api.generator.live)
+        # What the server is still at ends with it, the log line included.
+        await api.api.drain(0)
+        await api.api.stop()
+    assert [(entry["event"], entry.get("outcome")) for entry in logs] == [("call", "DISCONNECTED")]
 
 
 async def test_a_client_that_leaves_in_the_middle_of_a_stream(api: RunningApi) -> None:
@@ -176,11 +183,18 @@ async def test_those_that_do_not_are_told() -> None:
 
 
 async def test_a_server_that_retires_sends_its_clients_away(api: RunningApi) -> None:
-    await api.http.get("/version")
-    assert api.api.connections == 1
+    reader, writer = await connect(api)
+    writer.write(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n")
+    await reader.readuntil(b"}")
+    api.generator.pause()
+    running = asyncio.create_task(api.post(COMPLETIONS, prompt="x", max_tokens=1))
+    await api.generator.until(lambda: bool(api.generator.live))
     api.api.retire()
-    response = await api.http.get("/ready")
-    assert response.status_code == 503
+    # The idle one ends at once, the other one with its answer.
+    assert await asyncio.wait_for(reader.read(), 20) == b""
+    api.generator.resume()
+    response = await running
+    ok(response)
     assert response.headers["connection"] == "close"
     with pytest.raises(httpx.ConnectError):
         await api.http.get("/version")
@@ -237,6 +251,16 @@ async def test_tls(tmp_path: Path) -> None:
     async with running_api(verify=trusted, watchers=(callers,), **certificates) as api:
         await api.complete(prompt="x", max_tokens=1)
     assert callers.seen[0].name == "client"
+
+
+async def test_a_server_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no such thing")
+
+    monkeypatch.setattr(uvicorn.Server, "startup", fail)
+    with pytest.raises(StartupError, match="HTTP server ended"):
+        async with asyncio.timeout(20), running_api():
+            pass
 
 
 async def test_an_address_that_is_taken(api: RunningApi) -> None:

@@ -60,9 +60,11 @@ class HttpApi:
         return self._server.connections
 
     def retire(self) -> None:
-        """Take no new connections, and end each with its next answer; not ready from here on."""
+        """Take no new connections, close idle ones, end each other one with its answer; not ready
+        from here on."""
         self._exchanges.retire()
         self._server.stop_listening()
+        self._server.close_idle()
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, give running ones `timeout_s`, end the rest."""

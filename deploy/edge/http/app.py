@@ -11,7 +11,8 @@ from deploy.edge.answers import OnCall
 from deploy.edge.http.boundary import Boundary
 from deploy.edge.http.chat import chats
 from deploy.edge.http.completions import completions
-from deploy.edge.http.errors import respond
+from deploy.edge.http.errors import fall_silent, respond
+from deploy.edge.http.exchanges import ClientGone
 from deploy.edge.http.openapi import describe
 from deploy.edge.http.operations import Exposition, operations
 from deploy.edge.http.service import Service
@@ -47,6 +48,7 @@ def build_app(
         app.include_router(router)
     for kind in (RequestValidationError, HTTPException, HeadwiseError, Exception):
         app.add_exception_handler(kind, respond)
+    app.add_exception_handler(ClientGone, fall_silent)
     describe(app)
     return Boundary(
         app,

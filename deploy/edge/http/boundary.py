@@ -125,7 +125,7 @@ class _Room:
     taken: int = 0
 
     def take(self, size: int) -> None:
-        """Raises `Overloaded` where others leave none."""
+        """Raises `HTTPException` 429 where others leave none."""
         if self.taken + size > _MOST_BODIES * self.most_bytes:
             raise HTTPException(
                 429,

@@ -17,11 +17,10 @@ from cluster import validation
 from cluster.errors import InvalidRequest, Violation
 from cluster.request import Constraint
 from deploy.conversation import Conversation
-from deploy.edge.extent import MAX_MESSAGES
+from deploy.edge.extent import MAX_MESSAGES, MAX_TOOLS
 from deploy.edge.http.constraints import asked_constraint, json_constraint
 from deploy.edge.http.fields import DEPRECATED, Entries, GenerationBody
 
-MOST_TOOLS = 128
 # Keywords of JSON schema whose values are no schemas, and those with schemas by name.
 _VERBATIM = frozenset(("const", "default", "enum", "examples"))
 _BY_NAME = frozenset(
@@ -151,7 +150,7 @@ class ChatBody(GenerationBody):
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=validation.MAX_LOGPROBS)] | None = None
-    tools: Annotated[Entries[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[Entries[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None

@@ -17,6 +17,7 @@ from grpc import StatusCode
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from cluster.errors import InvalidRequest, Violation
 from cluster.validation import BeyondContext
@@ -126,6 +127,18 @@ async def respond(_request: Request, error: Exception) -> Response:
     """An exception handler of the application."""
     told = error_of(error)
     return Response(told.body, told.status, told.headers, "application/json")
+
+
+class _Silence(Response):
+    """Sends nothing."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Nobody reads it."""
+
+
+async def fall_silent(_request: Request, _error: Exception) -> Response:
+    """The exception handler for `ClientGone`: nobody is told, and nothing went wrong here."""
+    return _Silence()
 
 
 def _misread(error: RequestValidationError) -> InvalidRequest:

@@ -9,7 +9,6 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cluster.request import HealthState
 from deploy.edge.http import replies
 from deploy.edge.http.openapi import answers_with
 from deploy.edge.http.service import Service
@@ -21,8 +20,6 @@ Exposition = Callable[[str], Awaitable[tuple[bytes, str]]]
 
 OPEN_PATHS = frozenset(("/health", "/ready", "/version", "/metrics"))
 """Who monitors has no token."""
-
-_COMPUTING = (HealthState.READY, HealthState.DEGRADED)
 
 
 def operations(service: Service, exposition: Exposition | None) -> APIRouter:
@@ -79,7 +76,7 @@ def _monitored(reply: type[msgspec.Struct]) -> dict[int | str, dict[str, object]
 
 
 def _computes(service: Service) -> bool:
-    return any(served.generator.health().state in _COMPUTING for served in service.models.all)
+    return any(served.generator.health().state.computes for served in service.models.all)
 
 
 def _model(served: Served) -> replies.Model:

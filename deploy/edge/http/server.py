@@ -66,7 +66,16 @@ class HttpServer:
         """Listen; `StartupError` where the address cannot be had."""
         self._socket = bind(self._config, share_port=self._share_port)
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
-        await self._server.listening.wait()
+        listening = asyncio.create_task(self._server.listening.wait())
+        await asyncio.wait((self._task, listening), return_when=asyncio.FIRST_COMPLETED)
+        listening.cancel()
+        if not self._server.listening.is_set():
+            ended, self._task = self._task, None
+            self._socket.close()
+            raise StartupError(
+                "the HTTP server ended as it began: see the cause above, or set http_port to "
+                "another port"
+            ) from ended.exception()
 
     @property
     def address(self) -> str:
@@ -83,6 +92,12 @@ class HttpServer:
         """Take no new connections."""
         for server in self._server.servers:
             server.close()
+
+    def close_idle(self) -> None:
+        """Close connections that wait for a request, and each other one behind its answer."""
+        for connection in tuple(self._server.server_state.connections):
+            if not connection.transport.is_closing():
+                connection.shutdown()
 
     async def stop(self) -> None:
         """Close every connection; idempotent."""

@@ -63,8 +63,8 @@ class Service:
     ) -> AsyncIterator[AsyncIterator[tuple[int, TextDelta]]]:
         """The deltas of several requests, each with its request's position.
 
-        As many run at a time as the model has places for; the first error ends them all. Leaving
-        the block lets go of them.
+        As many run at a time as the model has places for and the caller's limit allows; the first
+        error ends them all. Leaving the block lets go of them.
         """
         if len(intakes) == 1:
             async with self.answers.of(served, intakes[0], caller) as deltas:
@@ -72,7 +72,9 @@ class Service:
             return
         # One at a time is under way to the reader: a slow one is waited for.
         merged: asyncio.Queue[tuple[int, TextDelta] | Exception | None] = asyncio.Queue(1)
-        places = asyncio.Semaphore(max(1, served.facts.max_sequences // intakes[0].request.n))
+        most = served.facts.max_sequences // intakes[0].request.n
+        room = self.answers.room(caller)
+        places = asyncio.Semaphore(max(1, most if room is None else min(most, room)))
 
         async def answer(position: int, intake: Intake) -> None:
             try:

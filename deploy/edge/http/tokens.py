@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from deploy.conversation import Conversation
-from deploy.edge.http.chat_body import MOST_TOOLS, Messages, Tool
+from deploy.edge.extent import MAX_TOOLS
+from deploy.edge.http.chat_body import Messages, Tool
 from deploy.edge.http.fields import Entries, TokenId
 from deploy.edge.http.openapi import answers_with
 from deploy.edge.http.replies import Detokenized, Tokens
@@ -38,7 +39,7 @@ class ChatTokens(BaseModel):
 
     messages: Messages
     model: str | None = None
-    tools: Annotated[Entries[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[Entries[Tool], Field(max_length=MAX_TOOLS)] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None

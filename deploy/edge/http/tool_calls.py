@@ -80,6 +80,7 @@ class MarkedCalls:
     def __init__(self, markers: Markers) -> None:
         self._markers = markers
         self._held = ""
+        self._searched = 0
         self._inside = False
         self._count = 0
 
@@ -88,9 +89,13 @@ class MarkedCalls:
         pieces: list[Piece] = []
         while True:
             marker = self._markers.end if self._inside else self._markers.begin
-            head, found, tail = self._held.partition(marker)
-            if not found:
+            at = self._held.find(marker, self._searched)
+            if at < 0:
+                # A marker may have begun at the end.
+                self._searched = max(0, len(self._held) - len(marker) + 1)
                 break
+            head, tail = self._held[:at], self._held[at + len(marker) :]
+            self._searched = 0
             pieces += self._between(head, marker) if self._inside else _content(head.rstrip())
             self._held = tail
             self._inside = not self._inside
@@ -99,12 +104,13 @@ class MarkedCalls:
                 pieces += self._between(self._held, "")
             elif self._held.strip() or not self._count:
                 pieces += _content(self._held)
-            self._held = ""
+            self._held, self._searched = "", 0
         elif not self._inside:
             cut = len(self._held) - _possible_beginning(self._held, self._markers.begin)
             cut = len(self._held[:cut].rstrip())
             pieces += _content(self._held[:cut])
             self._held = self._held[cut:]
+            self._searched = 0
         return pieces
 
     def _between(self, text: str, end: str) -> list[Piece]:
