@@ -29,8 +29,13 @@ model: $(MODEL)
 demo: $(INSTALLED) $(MODEL)
 	$(BIN)/python -m deploy.demo
 
+# Tests with ranks of their own mostly wait: they run beside those that compute, and report last.
 test: $(MODEL) lint proto-check
-	$(BIN)/python -m pytest
+	@log=$$(mktemp); trap 'rm -f $$log' EXIT; status=0; \
+	$(BIN)/python -m pytest tests/cluster tests/e2e > $$log 2>&1 & ranks=$$!; \
+	$(BIN)/python -m pytest tests/unit tests/parity || status=$$?; \
+	wait $$ranks || status=$$?; \
+	cat $$log; exit $$status
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
